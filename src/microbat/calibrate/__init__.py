@@ -1,0 +1,1 @@
+"""Calibration: data, statistics, and the engine that walks a model block by block."""

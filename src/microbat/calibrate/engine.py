@@ -1,0 +1,350 @@
+"""The engine: walks a model block by block; the only place of calibration that moves tensors between devices.
+
+For each block: load its float weights; compute its float targets; let the preparer train; solve each linear layer in
+the order of the data flow, on statistics of the inputs as quantized so far; swap; measure; hand the result to the
+keeper; go on. Two streams of activations travel along, the float model's and the quantized model's; of the model itself
+only one block is in memory. A block that the keeper already has is not calibrated again, only run.
+"""
+
+# Shapes: S sequences, L tokens, K width.
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from microbat.calibrate.fake import faked, transformed
+from microbat.calibrate.stats import Hessian
+from microbat.linear import QuantBlock, QuantLinear, QuantSite, SiteInput, install
+from microbat.methods.base import Plan, Preparer, Quant, SitePlan, Solver, Statistics
+from microbat.models.base import Checkpoint, linear_layers
+from microbat.quantizers.base import AbsMax
+from microbat.quantizers.clip import Clip
+from microbat.scheme import Scheme
+
+Precision = Literal["float32", "bfloat16"]
+MEASURED_SEQUENCES = 4  # per-layer errors and activation pictures come from the first few calibration sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to calibrate and how. ``tokens`` is int64 [S, L]; ``batch`` sequences run at once where nothing is trained."""
+
+    checkpoint: Checkpoint
+    scheme: Scheme
+    preparers: tuple[Preparer, ...]
+    solver: Solver
+    tokens: Tensor
+    seed: int
+    precision: Precision
+    device: torch.device
+    batch: int = 4
+
+
+@dataclass(kw_only=True)
+class Record:
+    """What happened to one block, as plain numbers."""
+
+    name: str
+    index: int
+    error: float
+    seconds: float
+    loss: list[float]
+    layers: list[dict[str, Any]]
+    activations: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Keeper(Protocol):
+    """Where finished blocks go, and come back from when a run is resumed."""
+
+    def load(self, index: int) -> tuple[QuantBlock, Record] | None: ...
+
+    def save(self, index: int, block: QuantBlock, module: nn.Module, record: Record) -> None: ...
+
+
+Observer = Callable[[str, Tensor, Tensor, Quant | None, Quant | None], dict[str, Any]]
+Progress = Callable[[int, float, float], None]
+
+
+class _Data:
+    """One block's data, as methods see it (:class:`microbat.methods.base.BlockData`)."""
+
+    def __init__(self, job: Job, index: int, block: nn.Module, runner: "_Runner", progress: Progress):
+        self.index, self.block = index, block
+        self.generator = torch.Generator().manual_seed(job.seed * 1_000_003 + index)
+        self.progress = lambda done, loss: progress(index, done, loss)
+        self._runner = runner
+        self.inputs = self.float_inputs = self.targets = torch.empty(0)
+
+    def faked(self, plan: Plan, weights: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        def function(x: Tensor) -> Tensor:
+            with faked(self.block, plan, weights) as block:
+                return self._runner.step(block, x)
+
+        return function
+
+
+class _Runner:
+    """Runs blocks: the keyword arguments that the model passes to each, the precision, the batches."""
+
+    def __init__(self, job: Job, arguments: dict[str, Any]):
+        self.job, self.arguments = job, arguments
+
+    def step(self, block: nn.Module, x: Tensor) -> Tensor:
+        device = self.job.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.job.precision == "bfloat16"):
+            output = block(x, **self.arguments)
+        return (output[0] if isinstance(output, tuple) else output).to(torch.float32)
+
+    @torch.no_grad()
+    def run(self, block: nn.Module, x_SLK: Tensor) -> Tensor:
+        return torch.cat([self.step(block, rows) for rows in x_SLK.split(self.job.batch)])
+
+
+def preflight(checkpoint: Checkpoint, scheme: Scheme) -> None:
+    """Raise before any work where a layer does not fit the scheme, naming the layer."""
+    family = checkpoint.family
+    model = checkpoint.skeleton()
+    blocks = model.get_submodule(family.blocks)
+    for index, block in enumerate(blocks):
+        for path in linear_layers(family):
+            name = f"{family.blocks}.{index}.{path}"
+            linear = block.get_submodule(path)
+            for quantizer in (scheme.weight, scheme.activation):
+                size = quantizer.format.block if quantizer and not scheme.ignores(name) else None
+                if size and linear.in_features % size:
+                    raise ValueError(
+                        f"layer {name!r}: K={linear.in_features} is not a multiple of {quantizer.format.name}'s block "
+                        f"of {size} (scheme {scheme.text}). Leave it in float with --ignore '{name}' (or "
+                        f"--ignore 're:{path}$' for all of its kind), or choose a format whose block divides it."
+                    )
+
+
+def calibrate(job: Job, keeper: Keeper, observe: Observer, progress: Progress) -> Iterator[Record]:
+    """Quantize the model of ``job`` block by block; yields each block's record when its result is kept."""
+    checkpoint, family = job.checkpoint, job.checkpoint.family
+    model = checkpoint.skeleton()
+    blocks = model.get_submodule(family.blocks)
+    quantized, arguments = _first_inputs(job, model)
+    runner = _Runner(job, arguments)
+    original = quantized
+    for index in range(len(blocks)):
+        started = time.perf_counter()
+        name = f"{family.blocks}.{index}"
+        block = checkpoint.load_into(blocks[index], name).to(job.device)
+        data = _Data(job, index, block, runner, progress)
+        data.inputs, data.float_inputs, data.targets = quantized, original, runner.run(block, original)
+        _check_finite(data.targets, f"the outputs of {name}")
+        kept = keeper.load(index)
+        if kept is None:
+            block_result, record = _quantize_block(job, data, name, observe)
+            install(block, block_result)
+            outputs = runner.run(block, quantized)
+            record.error = _relative_error(outputs, data.targets, original)
+            record.seconds = time.perf_counter() - started
+            keeper.save(index, block_result, block, record)
+        else:
+            block_result, record = kept
+            install(block, block_result)
+            outputs = runner.run(block, quantized)
+        _check_finite(outputs, f"the quantized outputs of {name}")
+        quantized, original = outputs, data.targets
+        blocks[index].to("meta")
+        progress(index, 1.0, record.error)
+        yield record
+
+
+def _quantize_block(job: Job, data: _Data, name: str, observe: Observer) -> tuple[QuantBlock, Record]:
+    plan = _initial_plan(job, name)
+    for preparer in job.preparers:
+        plan = preparer.prepare(data, plan, job.solver)
+    frozen = [_freeze(site) for site in plan.sites]
+    weights = {path: data.block.get_submodule(path).weight for site in frozen for path in site.weights}
+    sites, codes, notes = _solve(job, data, frozen, {**weights, **plan.latents})
+    layers, activations = _measure(job, data, name, frozen, weights, codes, notes, observe)
+    record = Record(name=name, index=data.index, error=0.0, seconds=0.0, loss=plan.loss, layers=layers)
+    record.activations = activations
+    return QuantBlock(sites=tuple(sites), weights=codes), record
+
+
+def _initial_plan(job: Job, name: str) -> Plan:
+    plan = Plan(sites=[])
+    for site in job.checkpoint.family.sites:
+        kept = [path for path in site.consumers if not job.scheme.ignores(f"{name}.{path}")]
+        if kept and job.scheme.weight is not None:
+            plan.sites.append(
+                SitePlan(
+                    site=site,
+                    transform=None,
+                    activation=job.scheme.activation,
+                    weights=dict.fromkeys(kept, job.scheme.weight),
+                )
+            )
+    return plan
+
+
+def _freeze(site: SitePlan) -> SitePlan:
+    def fixed(quantizer: Quant | None) -> Quant | None:
+        return quantizer.freeze() if isinstance(quantizer, Clip) else quantizer
+
+    transform = None if site.transform is None else site.transform.requires_grad_(False)
+    weights = {path: fixed(quantizer) for path, quantizer in site.weights.items()}
+    return SitePlan(site=site.site, transform=transform, activation=fixed(site.activation), weights=weights)
+
+
+@torch.no_grad()
+def _solve(
+    job: Job, data: _Data, plans: list[SitePlan], weights: dict[str, Tensor]
+) -> tuple[list[QuantSite], dict[str, Any], dict[str, dict[str, float]]]:
+    """Codes of every linear layer, in the order of the data flow: later sites see earlier ones quantized."""
+    sites, codes, notes = [], {}, {}
+    block = data.block
+    originals = {path: block.get_submodule(path) for plan in plans for path in plan.weights}
+    targets: dict[str, Tensor] = {}
+    inputs: dict[str, SiteInput] = {}
+    for plan in plans:
+        site = SiteInput(plan.transform, plan.activation, num_consumers=len(plan.weights))
+        inputs[plan.site.name] = site
+        for path in plan.weights:
+            targets[path] = transformed(weights[path].to(torch.float64), plan.transform).to(torch.float32)
+            block.set_submodule(path, QuantLinear(site, targets[path], originals[path].bias))
+    try:
+        for plan in plans:
+            statistics = None
+            if "hessian" in job.solver.needs:
+                statistics = Statistics(hessian=_hessian(data, inputs[plan.site.name], next(iter(plan.weights))))
+            for path, quantizer in plan.weights.items():
+                solution = job.solver.solve(targets[path], quantizer, statistics)
+                codes[path], notes[path] = solution.weight, dict(solution.notes)
+                block.get_submodule(path).weight = solution.weight.dequantize()
+                notes[path]["weight_error"] = _ratio(codes[path].dequantize() - targets[path], targets[path])
+            sites.append(
+                QuantSite(
+                    name=plan.site.name,
+                    consumers=tuple(plan.weights),
+                    transform=plan.transform,
+                    quantizer=plan.activation,
+                )
+            )
+    finally:
+        for path, module in originals.items():
+            block.set_submodule(path, module)
+    return sites, codes, notes
+
+
+def _hessian(data: _Data, site: SiteInput, path: str) -> Tensor:
+    """X^T X / T of a site's quantized activation over the quantized stream."""
+    hessian = Hessian(data.block.get_submodule(path).weight.shape[1], data.inputs.device)
+    with _watch(site, lambda inputs, output: hessian.add(output), once=True):
+        data._runner.run(data.block, data.inputs)
+    return hessian.mean
+
+
+def _measure(
+    job: Job,
+    data: _Data,
+    name: str,
+    plans: list[SitePlan],
+    weights: dict[str, Tensor],
+    codes: dict[str, Any],
+    notes: dict[str, dict[str, float]],
+    observe: Observer,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Each layer's errors on a few sequences of the quantized stream, and a picture of the worst one's activation."""
+    seen: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        for plan in plans:
+            first = data.block.get_submodule(next(iter(plan.weights)))
+            keep = lambda inputs, output, key=plan.site.name: seen.setdefault(key, inputs[0])  # noqa: E731
+            stack.enter_context(_watch(first, keep))
+        data._runner.run(data.block, data.inputs[:MEASURED_SEQUENCES])
+    layers, worst = [], (-1.0, "", None, None, None)
+    for plan in plans:
+        x = seen[plan.site.name].to(torch.float32)
+        mapped = x if plan.transform is None else plan.transform(x)
+        rounded = mapped if plan.activation is None else plan.activation.fake(mapped)
+        for path in plan.weights:
+            exact = x @ weights[path].T
+            error = _ratio(rounded @ codes[path].dequantize().T - exact, exact)
+            format = codes[path].format
+            transform = plan.transform
+            layers.append(
+                {
+                    "name": f"{name}.{path}",
+                    "block": data.index,
+                    "kind": path.rsplit(".", 1)[-1],
+                    "shape": list(codes[path].shape),
+                    "format": format.name,
+                    "bits": format.bits_per_element(tuple(codes[path].shape)),
+                    "transform": None if transform is None else transform.name,
+                    "transform_params": 0 if transform is None else transform.num_parameters,
+                    "output_error": error,
+                    **notes[path],
+                }
+            )
+            if error > worst[0] and plan.activation is not None:
+                worst = (error, f"{name}.{path}", x, mapped, plan.activation)
+    pictures = []
+    if worst[2] is not None:
+        plain = AbsMax(format=worst[4].inner.format, rule=worst[4].inner.rule) if isinstance(worst[4], Clip) else worst[4]
+        pictures.append(observe(worst[1], worst[2].flatten(0, -2), worst[3].flatten(0, -2), plain, worst[4]))
+    return layers, pictures
+
+
+def _first_inputs(job: Job, model: nn.Module) -> tuple[Tensor, dict[str, Any]]:
+    """The first block's inputs [S, L, K], and the keyword arguments that the model passes to its blocks."""
+    family = job.checkpoint.family
+    embedding = job.checkpoint.load_into(model.get_submodule(family.embedding), family.embedding).to(job.device)
+    model.get_submodule(family.rotary).to(job.device)
+    first = model.get_submodule(family.blocks)[0]
+    caught: dict[str, Any] = {}
+
+    class Caught(Exception):
+        pass
+
+    def catch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        caught.update(kwargs)
+        raise Caught
+
+    with first.register_forward_pre_hook(catch, with_kwargs=True), contextlib.suppress(Caught), torch.no_grad():
+        model(job.tokens[:1].to(job.device), use_cache=False)
+    with torch.no_grad():
+        inputs = torch.cat([embedding(rows.to(job.device)) for rows in job.tokens.split(job.batch)])
+    embedding.to("meta")
+    return inputs, caught
+
+
+@contextlib.contextmanager
+def _watch(module: nn.Module, see: Callable[[tuple, Tensor], Any], once: bool = False) -> Iterator[None]:
+    """Call ``see(inputs, output)`` at every call of ``module``; with ``once``, once per new input tensor."""
+    last: list[Tensor | None] = [None]
+
+    def hook(_: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if not once or last[0] is not inputs[0]:
+            see(inputs, output)
+        last[0] = inputs[0]
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _relative_error(output: Tensor, target: Tensor, source: Tensor) -> float:
+    """Mean over tokens of the squared error over the squared update that the float block makes."""
+    error = (output - target).square().sum(-1)
+    return (error / (target - source).square().sum(-1).clamp(min=1e-12)).mean().item()
+
+
+def _ratio(error: Tensor, reference: Tensor) -> float:
+    return (error.square().sum() / reference.square().sum().clamp(min=1e-30)).item()
+
+
+def _check_finite(x: Tensor, what: str) -> None:
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{what} hold NaN or Inf; the float model overflows on the calibration text at this point")

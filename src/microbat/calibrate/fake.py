@@ -1,0 +1,51 @@
+"""A transformer block that quantizes while it trains: its linear layers swapped for differentiable ones, for a while."""
+
+# Shapes: S sequences, L tokens, K in, N out.
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from microbat.linear import SiteInput
+from microbat.methods.base import Plan, Quant
+from microbat.transforms.base import Transform
+
+
+class FakeLinear(nn.Module):
+    """A linear layer that transforms, clips and quantizes its float weight at every call."""
+
+    def __init__(self, site: SiteInput, weight: Tensor, bias: Tensor | None, quantizer: Quant):
+        super().__init__()
+        self.site, self.quantizer = site, quantizer
+        self.float_weight = weight
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.site(x)
+        with torch.autocast(x.device.type, enabled=False):
+            weight = transformed(self.float_weight, self.site.transform)
+            weight = self.quantizer.fake(weight)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+def transformed(weight: Tensor, transform: Transform | None) -> Tensor:
+    """``weight`` [N, K] in the basis of the transformed activation."""
+    return weight if transform is None else transform.inverse_t(weight)
+
+
+@contextlib.contextmanager
+def faked(block: nn.Module, plan: Plan, weights: dict[str, Tensor]) -> Iterator[nn.Module]:
+    """``block`` with the linear layers of ``plan`` swapped for :class:`FakeLinear`; put back at the end."""
+    originals = {path: block.get_submodule(path) for site in plan.sites for path in site.weights}
+    for site in plan.sites:
+        site_input = SiteInput(site.transform, site.activation, num_consumers=len(site.weights))
+        for path, quantizer in site.weights.items():
+            fake = FakeLinear(site_input, weights[path], originals[path].bias, quantizer)
+            block.set_submodule(path, fake)
+    try:
+        yield block
+    finally:
+        for path, module in originals.items():
+            block.set_submodule(path, module)

@@ -1,0 +1,23 @@
+"""Streaming statistics of a layer's input."""
+
+# Shapes: T tokens, K width.
+
+import torch
+from torch import Tensor
+
+
+class Hessian:
+    """Running X^T X / T over batches of X [.., K]: float32 products, float64 sum."""
+
+    def __init__(self, width: int, device: torch.device):
+        self._sum = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        x_TK = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        self._sum += (x_TK.T @ x_TK).to(torch.float64)
+        self._tokens += x_TK.shape[0]
+
+    @property
+    def mean(self) -> Tensor:
+        return self._sum / max(self._tokens, 1)

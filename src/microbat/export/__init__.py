@@ -1,0 +1,1 @@
+"""Export: checkpoints on disk."""

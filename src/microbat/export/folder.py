@@ -1,0 +1,219 @@
+"""microbat's own checkpoint folder: schema, writer, reader.
+
+::
+
+    config.json                             the model's config, with ``quantization_config`` (quant_method: microbat)
+    microbat.safetensors.index.json         tensor name -> shard; the name keeps other readers from taking it for float
+    microbat-block-000.safetensors ...      one shard a block: codes, scales, transforms, clip ratios, norms, biases
+    microbat-other.safetensors              embedding, final norm, head
+    recipe.json report.json                 how it was made, what it cost
+    tokenizer files, generation_config.json as the model had them
+
+Names inside a shard: ``<layer>.weight_packed`` / ``.weight`` and ``<layer>.weight_scale`` as in compressed-tensors
+(:mod:`microbat.formats.packing`); ``<block>.sites.<site>.transform.<parameter>`` and ``<block>.sites.<site>.clip`` [G, 2]
+for what compressed-tensors cannot express. A shard's metadata says which site has which transform, so that it can be
+read alone. While a run goes on its shards lie in ``<folder>.partial`` and become the folder by one rename at the end.
+"""
+
+# Shapes: N out, K in, G blocks along K.
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microbat.formats.block import BlockFormat
+from microbat.formats.packing import pack, unpack
+from microbat.linear import QuantBlock, QuantSite
+from microbat.quantizers.base import AbsMax
+from microbat.quantizers.clip import Clip
+from microbat.registry import instances, pick, subclasses
+from microbat.transforms.base import Transform
+
+QUANT_METHOD = "microbat"
+SCHEMA_VERSION = 1
+INDEX = "microbat.safetensors.index.json"
+OTHER_SHARD = "microbat-other.safetensors"
+COPIED = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja", "generation_config.json")
+CONVENTION = {
+    "transform": "x @ P and W @ P^-T, blocks of P: B^T (x) A",
+    "order": "transform, clip, scale, round",
+    "rounding": "nearest, ties to even",
+}
+
+
+def block_shard(index: int) -> str:
+    return f"microbat-block-{index:03d}.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredBlock:
+    """A block as read from its shard: the quantized part, and its float tensors by name inside the block."""
+
+    quantized: QuantBlock
+    floats: dict[str, Tensor]
+
+
+def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tensor]) -> None:
+    """Write one block's shard whole or not at all. ``floats`` are its other tensors, by name inside the block."""
+    tensors = {f"{name}.{key}": value for key, value in floats.items()}
+    sites = []
+    for site in block.sites:
+        prefix = f"{name}.sites.{site.name}"
+        entry: dict[str, Any] = {"name": site.name, "consumers": list(site.consumers)}
+        if site.transform is not None:
+            entry["transform"] = {"name": site.transform.name, **site.transform.settings()}
+            tensors |= {f"{prefix}.transform.{key}": t for key, t in site.transform.state_dict().items()}
+        if site.quantizer is not None:
+            inner = site.quantizer.inner if isinstance(site.quantizer, Clip) else site.quantizer
+            entry["activation"] = {"format": inner.format.name, "scale_rule": inner.rule}
+            if isinstance(site.quantizer, Clip):
+                tensors[f"{prefix}.clip"] = site.quantizer.ratios
+        for layer in site.consumers:
+            q = block.weights[layer]
+            entry.setdefault("weights", {})[layer] = {"format": q.format.name, "shape": list(q.shape)}
+            tensors |= {f"{name}.{layer}.{key}": t for key, t in pack(q).items()}
+        sites.append(entry)
+    _write_shard(path, tensors, {"microbat": json.dumps({"name": name, "sites": sites})})
+
+
+def read_block(path: Path) -> StoredBlock:
+    """The block in one shard, alone."""
+    from safetensors import safe_open
+
+    with _reading(path), safe_open(path, framework="pt") as file:
+        description = json.loads(file.metadata()["microbat"])
+        prefix = description["name"] + "."
+        tensors = {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    formats, sites, weights = instances("microbat.formats", BlockFormat), [], {}
+    for entry in description["sites"]:
+        for layer, stored in entry["weights"].items():
+            parts = {k: tensors.pop(f"{layer}.{k}") for k in PACKED if f"{layer}.{k}" in tensors}
+            weights[layer] = unpack(parts, pick("format", stored["format"], formats), stored["shape"][-1])
+        sites.append(_read_site(entry, tensors, formats))
+    return StoredBlock(quantized=QuantBlock(sites=tuple(sites), weights=weights), floats=tensors)
+
+
+PACKED = ("weight_packed", "weight", "weight_scale", "weight_global_scale", "weight_tensor_scale")
+
+
+def _read_site(entry: dict[str, Any], tensors: dict[str, Tensor], formats: dict[str, BlockFormat]) -> QuantSite:
+    prefix = f"sites.{entry['name']}."
+    own = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+    transform, quantizer = None, None
+    if "transform" in entry:
+        settings = dict(entry["transform"])
+        transform = pick("transform", settings.pop("name"), transforms())(**settings)
+        transform.load_state_dict({k.removeprefix("transform."): t for k, t in own.items() if k != "clip"})
+        transform.requires_grad_(False)
+    if "activation" in entry:
+        stored = entry["activation"]
+        quantizer = AbsMax(format=pick("format", stored["format"], formats), rule=stored["scale_rule"])
+        quantizer = Clip(quantizer, own["clip"]) if "clip" in own else quantizer
+    return QuantSite(
+        name=entry["name"], consumers=tuple(entry["consumers"]), transform=transform, quantizer=quantizer
+    )
+
+
+def transforms() -> dict[str, type[Transform]]:
+    """Every stored kind of transform by name."""
+    return subclasses("microbat.transforms", Transform)
+
+
+def float_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of an installed block that are not part of its quantized sites."""
+    return {key: t for key, t in module.state_dict().items() if ".site." not in key}
+
+
+def write_other(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the shard of everything outside the blocks."""
+    _write_shard(path, tensors, {})
+
+
+def finish(
+    partial: Path,
+    folder: Path,
+    source: Path,
+    quantization: dict[str, Any],
+    documents: dict[str, Any],
+    scratch: Iterable[Path],
+) -> None:
+    """Turn ``partial`` into ``folder``: index, config, documents, tokenizer; drop ``scratch``; one rename at the end."""
+    from safetensors import safe_open
+
+    weight_map, total = {}, 0
+    for shard in sorted(partial.glob("microbat-*.safetensors")):
+        total += shard.stat().st_size
+        with safe_open(shard, framework="pt") as file:
+            weight_map |= dict.fromkeys(file.keys(), shard.name)
+    _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    for pattern in COPIED:
+        for file in source.glob(pattern):
+            shutil.copy(file, partial / file.name)
+    config = json.loads((source / "config.json").read_text())
+    contract = {"quant_method": QUANT_METHOD, "schema": SCHEMA_VERSION, **quantization, **CONVENTION}
+    for name, document in documents.items():
+        _write_json(partial / name, document)
+    for file in scratch:
+        file.unlink()
+    _write_json(partial / "config.json", {**config, "quantization_config": contract})
+    os.rename(partial, folder)
+
+
+def read_contract(folder: Path) -> dict[str, Any]:
+    """The ``quantization_config`` of a folder, checked: ours, of a schema that this version reads, complete."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} has no config.json: it is not a finished microbat folder")
+    contract = json.loads(file.read_text()).get("quantization_config", {})
+    if contract.get("quant_method") != QUANT_METHOD:
+        raise ValueError(f"{folder} is not a microbat folder (quant_method is {contract.get('quant_method')!r})")
+    if contract["schema"] != SCHEMA_VERSION:
+        raise ValueError(f"{folder} has schema {contract['schema']}; this version reads {SCHEMA_VERSION}")
+    if any(contract[key] != value for key, value in CONVENTION.items()):
+        raise ValueError(f"{folder} was written under another convention than {CONVENTION}")
+    return contract
+
+
+def is_microbat_folder(path: Path) -> bool:
+    """Whether ``path`` is a finished folder of ours."""
+    file = path / "config.json"
+    return file.is_file() and json.loads(file.read_text()).get("quantization_config", {}).get("quant_method") == QUANT_METHOD
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    temporary = path.with_suffix(".tmp")
+    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, {"format": "pt", **metadata})
+    os.replace(temporary, path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    os.replace(temporary, path)
+
+
+class _reading:
+    """Turns the errors of a damaged shard into one that names it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        from safetensors import SafetensorError
+
+        if isinstance(error, SafetensorError | OSError | KeyError):
+            raise ValueError(f"shard {self.path} cannot be read ({error}); is it truncated?") from error
+
+

@@ -1,0 +1,72 @@
+"""Bits on disk: QTensor to named tensors and back, in the layout of compressed-tensors wherever that has one.
+
+``weight_packed`` holds sub-byte codes (4 bits: element 2j in the low nibble; 6 bits: four codes little-endian in three
+bytes), ``weight`` whole-byte codes. ``weight_scale`` is the raw E8M0 byte for MX formats, float8_e4m3fn for NVFP4,
+bfloat16 or float32 for integers. ``weight_global_scale`` is the *reciprocal* of the tensor scale, the compressed-tensors
+convention; so that reading it back is exact, ``tensor_scale`` itself is kept beside it.
+"""
+
+# Shapes: N rows, K last axis, G blocks along K.
+
+import torch
+from torch import Tensor
+
+from microbat.formats.block import BlockFormat, QTensor
+from microbat.formats.element import BF16, E4M3, E8M0, FP32, Element
+
+SCALE_DTYPES = {E4M3: torch.float8_e4m3fn, BF16: torch.bfloat16, FP32: torch.float32}
+CODE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+def pack(q: QTensor) -> dict[str, Tensor]:
+    """Named tensors that hold ``q`` in its own bits; :func:`unpack` gives it back bit for bit."""
+    tensors = {"weight_scale": _store_scales(q.scales, q.format.scale_element)}
+    if q.format.element.bits == 8:
+        tensors["weight"] = q.codes.view(CODE_DTYPES.get(q.format.element.name, torch.int8))
+    else:
+        tensors["weight_packed"] = pack_bits(q.codes, q.format.element.bits)
+    if q.tensor_scale is not None:
+        tensors["weight_global_scale"] = q.tensor_scale.reciprocal().reshape(1)
+        tensors["weight_tensor_scale"] = q.tensor_scale.reshape(1)
+    return tensors
+
+
+def unpack(tensors: dict[str, Tensor], format: BlockFormat, width: int) -> QTensor:
+    """The QTensor that :func:`pack` stored; ``width`` is the length of its last axis."""
+    if "weight" in tensors:
+        codes = tensors["weight"].view(torch.uint8)
+    else:
+        codes = unpack_bits(tensors["weight_packed"], format.element.bits, width)
+    scales = tensors["weight_scale"]
+    scales = E8M0.decode(scales) if format.scale_element is E8M0 else scales.to(torch.float32)
+    tensor_scale = tensors["weight_tensor_scale"].reshape(()) if format.has_tensor_scale else None
+    return QTensor(format=format, codes=codes, scales=scales, tensor_scale=tensor_scale)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [..., K] below 2**bits, packed along the last axis (padded with zero codes): 4 or 6 bits."""
+    if bits == 4:
+        pairs = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2)).unflatten(-1, (-1, 2))
+        return pairs[..., 0] | (pairs[..., 1] << 4)
+    if bits == 6:
+        quads = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 4)).unflatten(-1, (-1, 4)).to(torch.int32)
+        word = quads[..., 0] | quads[..., 1] << 6 | quads[..., 2] << 12 | quads[..., 3] << 18
+        return torch.stack([word & 255, word >> 8 & 255, word >> 16], dim=-1).to(torch.uint8).flatten(-2)
+    raise ValueError(f"codes of {bits} bits have no packing; there is one for 4 and 6 (8 needs none)")
+
+
+def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
+    """The inverse of :func:`pack_bits`: uint8 codes [..., width]."""
+    if bits == 4:
+        codes = torch.stack([packed & 15, packed >> 4], dim=-1)
+    elif bits == 6:
+        triples = packed.unflatten(-1, (-1, 3)).to(torch.int32)
+        word = triples[..., 0] | triples[..., 1] << 8 | triples[..., 2] << 16
+        codes = torch.stack([word >> shift & 63 for shift in (0, 6, 12, 18)], dim=-1).to(torch.uint8)
+    else:
+        raise ValueError(f"codes of {bits} bits have no packing; there is one for 4 and 6 (8 needs none)")
+    return codes.flatten(-2)[..., :width].contiguous()
+
+
+def _store_scales(scales: Tensor, element: Element) -> Tensor:
+    return E8M0.encode(scales) if element is E8M0 else scales.to(SCALE_DTYPES[element])

@@ -1,0 +1,95 @@
+"""The quantized linear layer: one pair of modules that calibration trains and the runtime runs, so they cannot differ.
+
+``SiteInput`` turns a site's activation into what its linear layers see: transform, clip, quantize; once for all of
+them. ``QuantLinear`` multiplies it by a weight on its format's grid.
+"""
+
+# Shapes: T tokens, K in, N out.
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from microbat.formats.block import QTensor
+from microbat.quantizers.base import AbsMax
+from microbat.quantizers.clip import Clip
+from microbat.transforms.base import Transform
+
+
+class SiteInput(nn.Module):
+    """Transform and quantize the activation that ``num_consumers`` linear layers share.
+
+    The consumers are called one after the other with the same tensor object; the work is done for the first, handed
+    to the others, and forgotten after the last.
+    """
+
+    def __init__(
+        self, transform: Transform | None = None, quantizer: AbsMax | Clip | None = None, *, num_consumers: int = 1
+    ):
+        super().__init__()
+        self.transform = transform
+        self.clip = quantizer if isinstance(quantizer, Clip) else None
+        self.quantizer = quantizer
+        self.num_consumers = num_consumers
+        self._source: weakref.ref[Tensor] | None = None
+        self._result: Tensor | None = None
+        self._uses = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._source is None or self._source() is not x:
+            self._source, self._result, self._uses = weakref.ref(x), self._compute(x), 0
+        result = self._result
+        self._uses += 1
+        if self._uses >= self.num_consumers:
+            self._source = self._result = None
+        return result
+
+    def _compute(self, x: Tensor) -> Tensor:
+        if self.transform is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                x = self.transform(x.to(torch.float32))
+        return x if self.quantizer is None else self.quantizer.fake(x)
+
+
+class QuantLinear(nn.Module):
+    """``y = site(x) @ weight.T + bias`` with ``weight`` [N, K] on the grid of its format."""
+
+    def __init__(self, site: SiteInput, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.site = site
+        self.register_buffer("weight", weight, persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.site(x).to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSite:
+    """One quantized activation of a block: which linear layers consume it and what happens to it on the way."""
+
+    name: str
+    consumers: tuple[str, ...]
+    transform: Transform | None
+    quantizer: AbsMax | Clip | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantBlock:
+    """A quantized transformer block as plain data: its sites, and the codes of each linear layer by its path."""
+
+    sites: tuple[QuantSite, ...]
+    weights: dict[str, QTensor]
+
+
+def install(block: nn.Module, quantized: QuantBlock, dtype: torch.dtype = torch.float32) -> None:
+    """Swap the linear layers of ``block`` that ``quantized`` names for :class:`QuantLinear` modules, in place."""
+    for site in quantized.sites:
+        site_input = SiteInput(site.transform, site.quantizer, num_consumers=len(site.consumers))
+        for path in site.consumers:
+            bias = getattr(block.get_submodule(path), "bias", None)
+            weight = quantized.weights[path].dequantize().to(dtype)
+            bias = None if bias is None else bias.detach()
+            block.set_submodule(path, QuantLinear(site_input, weight, bias))

@@ -1,0 +1,101 @@
+"""The roles that a method plays, and the plain data it leaves behind.
+
+A method is a frozen dataclass whose fields are its hyper-parameters; ``name`` is what users type. A new file with a
+new :class:`Preparer` or :class:`Solver` is found because it is there.
+"""
+
+# Shapes: S sequences, L tokens each, K in, N out.
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from microbat.formats.block import QTensor
+from microbat.models.base import Site
+from microbat.quantizers.base import AbsMax
+from microbat.quantizers.clip import Clip
+from microbat.transforms.base import Transform
+
+Quant = AbsMax | Clip
+
+
+@dataclass(kw_only=True)
+class SitePlan:
+    """What happens to one activation, and with which quantizer each of its consumers' weights is stored."""
+
+    site: Site
+    transform: Transform | None
+    activation: Quant | None
+    weights: dict[str, Quant]
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What a method decided about one block. ``latents`` are weights that were learned along, by path: what the solver
+    rounds instead of the float weight (absent: the float weight itself)."""
+
+    sites: list[SitePlan]
+    latents: dict[str, Tensor] = field(default_factory=dict)
+    loss: list[float] = field(default_factory=list)
+
+
+class BlockData(Protocol):
+    """One block's calibration data, as a method sees it. Tensors are [S, L, K], float32."""
+
+    index: int
+    block: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    float_inputs: Tensor
+    generator: torch.Generator
+    progress: Callable[[float, float], None]
+
+    def faked(self, plan: Plan, weights: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        """The block as a differentiable function that quantizes by ``plan``, with ``weights`` in its linear layers."""
+
+    def recompute_targets(self, inputs: Tensor) -> Tensor:
+        """The float block's outputs [S, L, K]."""
+
+
+class Method(ABC):
+    """Something with a name that users type and typed hyper-parameters."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+
+class Preparer(Method):
+    """Decides where and how to transform and clip; leaves the float function of the block as it was."""
+
+    @abstractmethod
+    def prepare(self, data: BlockData, plan: Plan, solver: "Solver") -> Plan: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What a solver asked for about one site's input: ``hessian`` = X^T X / T [K, K], float64."""
+
+    hessian: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """Codes of one weight, and what the solver has to say about how it got them."""
+
+    weight: QTensor
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+class Solver(Method):
+    """Picks the codes of one weight. ``needs`` names the statistics of the layer's quantized input that it wants."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    weight_lr: ClassVar[float | None] = None
+
+    @abstractmethod
+    def solve(self, weight: Tensor, quantizer: Quant, statistics: Statistics | None) -> Solution:
+        """Codes of ``weight`` [N, K], which is in the basis that the site's transform leaves it in."""

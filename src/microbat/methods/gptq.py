@@ -1,0 +1,101 @@
+"""GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers. Frantar, Ashkboos, Hoefler,
+Alistarh, 2022. arXiv 2210.17323. Made aware of block formats.
+
+With H = X^T X + damping and U the upper Cholesky factor of H^-1, columns are rounded from first to last:
+
+    (1)  q_j = round(w_j) under its block's scale;   e_j = (w_j - q_j) / U_jj
+    (2)  w_l <- w_l - e_j U_jl   for l > j
+
+Differs from the authors' code in: a block's scales come from its weights as updated so far, never from stale ones
+(sheet B3, T6); saturated values stay in the error; H and its factor are float64; a singular H is never replaced: the
+damping is raised tenfold until the factor exists, and what it took is recorded; the columns of one format block are
+rounded in a row and everything to their right is updated by one product.
+"""
+
+# Shapes: N out, K in, B block size.
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from microbat.formats.block import QTensor
+from microbat.methods.base import Quant, Solution, Solver, Statistics
+from microbat.quantizers.base import AbsMax, Scales
+from microbat.quantizers.clip import Clip
+
+DAMPING_TRIES = 6
+LAZY_COLUMNS = 32  # columns rounded before the rest is updated, where the format has no blocks of its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTQ(Solver):
+    name: ClassVar[str] = "gptq"
+    summary: ClassVar[str] = "error feedback from column to column by the input's Hessian"
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+
+    damping: float = 0.01  # of the mean diagonal of H; the authors' percdamp
+
+    def __post_init__(self) -> None:
+        if self.damping <= 0:
+            raise ValueError(f"gptq.damping={self.damping} must be above 0")
+
+    def solve(self, weight: Tensor, quantizer: Quant, statistics: Statistics | None) -> Solution:
+        """``weight`` [N, K] and H [K, K]. A column whose input is always zero is stored as zero."""
+        if statistics is None:
+            raise ValueError("gptq needs the Hessian of the layer's input")
+        inner = quantizer.inner if isinstance(quantizer, Clip) else quantizer
+        weight = quantizer.clip(weight) if isinstance(quantizer, Clip) else weight.to(torch.float32)
+        hessian = statistics.hessian.to(torch.float64)
+        dead = hessian.diagonal() == 0
+        factor, damping = inverse_cholesky(hessian, self.damping, dead)
+        codes = _round_columns(weight.masked_fill(dead, 0.0), factor.to(torch.float32), inner)
+        return Solution(weight=codes, notes={"damping": damping, "dead_columns": float(dead.sum())})
+
+
+def inverse_cholesky(hessian: Tensor, damping: float, dead: Tensor) -> tuple[Tensor, float]:
+    """Upper Cholesky factor of the damped inverse Hessian, float64 [K, K], and the damping that it took."""
+    mean = hessian.diagonal().mean()
+    if not torch.isfinite(hessian).all() or mean <= 0:
+        raise ValueError("the Hessian is not finite or is zero: the layer's calibration inputs hold NaN, Inf or nothing")
+    for attempt in range(DAMPING_TRIES):
+        tried = damping * 10**attempt
+        damped = hessian + torch.diag(torch.where(dead, mean, tried * mean))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            continue
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed:
+            return upper, tried
+    raise ValueError(f"the Hessian stays singular with damping raised to {tried:g} of its mean diagonal")
+
+
+def _round_columns(weight: Tensor, factor: Tensor, quantizer: AbsMax) -> QTensor:
+    """The column loop; scales of a block are taken when its turn comes, from the weights as updated by then."""
+    columns = weight.shape[1]
+    block = quantizer.format.block_of(columns)
+    work = weight.clone()
+    # A scale of the whole tensor, or of a whole row, is fixed before the loop; block scales are replaced in turn.
+    scales = quantizer.scales(weight)
+    block_scales, codes = [], torch.empty_like(weight, dtype=torch.uint8)
+    lazy = block if block < columns else LAZY_COLUMNS
+    for start in range(0, columns, lazy):
+        stop = min(start + lazy, columns)
+        if block < columns:
+            scale = quantizer.scales_within(work[:, start:stop], scales.tensor)
+            block_scales.append(scale.block)
+        else:
+            scale = scales
+        errors = torch.empty(weight.shape[0], stop - start, dtype=work.dtype, device=work.device)
+        product = scale.product
+        for j in range(start, stop):
+            column = work[:, j : j + 1]
+            values = quantizer.round(column, Scales(block=product))
+            codes[:, j : j + 1] = quantizer.format.element.encode(values)
+            error = (column - values * product) / factor[j, j]
+            work[:, j + 1 : stop] -= error * factor[j, j + 1 : stop]
+            errors[:, j - start : j - start + 1] = error
+        work[:, stop:] -= errors @ factor[start:stop, stop:]
+    block = torch.cat(block_scales, dim=1) if block_scales else scales.block
+    return QTensor(format=quantizer.format, codes=codes, scales=block, tensor_scale=scales.tensor)

@@ -1,0 +1,104 @@
+"""Quantizers: tensor to :class:`QTensor`, and ``fake``, the same values in float with a straight-through gradient.
+
+Q-law: ``unpack(pack(q.quantize(x))).dequantize() == q.fake(x)``, bit for bit.
+"""
+
+# Shapes: K last axis, G groups along K, B block size.
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from microbat.formats.block import BlockFormat, QTensor, join_blocks, split_blocks
+from microbat.formats.scales import default_rule, rules_for
+from microbat.quantizers import kernel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """What a tensor is divided by: one value a block [..., G] and, for two-level formats, one for the tensor []."""
+
+    block: Tensor
+    tensor: Tensor | None = None
+
+    @property
+    def product(self) -> Tensor:
+        return self.block if self.tensor is None else self.block * self.tensor
+
+
+class Quantizer(ABC):
+    """Tensor to QTensor, and the same values in float."""
+
+    @abstractmethod
+    def quantize(self, x: Tensor) -> QTensor: ...
+
+    @abstractmethod
+    def fake(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsMax(Quantizer):
+    """Each block's scale from its largest magnitude by ``rule``; round to nearest, ties to even.
+
+    ``rule`` defaults to the one that serves the format best (:func:`microbat.formats.scales.default_rule`).
+    Two steps, so that GPTQ can freeze scales and round column by column.
+    """
+
+    format: BlockFormat
+    rule: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.rule:
+            object.__setattr__(self, "rule", default_rule(self.format))
+        if self.rule not in rules_for(self.format):
+            allowed = ", ".join(rules_for(self.format))
+            raise ValueError(f"scale rule {self.rule!r} does not fit format {self.format.name!r} (allowed: {allowed})")
+
+    def scales(self, x: Tensor) -> Scales:
+        """Scales of ``x`` [..., K]: block scales [..., G]."""
+        return self.scales_within(x, self._tensor_scale(x))
+
+    def scales_within(self, x: Tensor, outer: Tensor | None) -> Scales:
+        """Scales of ``x`` [..., K], a part of a tensor whose outer scale is given."""
+        x_GB = split_blocks(x.to(torch.float32), self.format.block_of(x.shape[-1]))
+        return Scales(block=kernel.block_scale(x_GB, x_GB.abs().amax(-1), outer, self.format, self.rule), tensor=outer)
+
+    def encode(self, x: Tensor, scales: Scales) -> QTensor:
+        """Codes of ``x`` [..., K] under given scales; values beyond the grid saturate."""
+        values = self.round(x, scales)
+        return QTensor(
+            format=self.format,
+            codes=self.format.element.encode(values),
+            scales=scales.block,
+            tensor_scale=scales.tensor,
+        )
+
+    def round(self, x: Tensor, scales: Scales) -> Tensor:
+        """Element values (before they are scaled back) of ``x`` [..., K]."""
+        x_GB = split_blocks(x.to(torch.float32), self.format.block_of(x.shape[-1]))
+        return join_blocks(kernel.round_blocks(x_GB, scales.product, self.format), x.shape[-1])
+
+    def quantize(self, x: Tensor) -> QTensor:
+        return self.encode(x, self.scales(x))
+
+    def fake(self, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+        """``quantize(clip(x)).dequantize()`` in one fused pass, float32, differentiable.
+
+        ``low`` and ``high`` are clip ratios in (0, 1] that broadcast to the blocks [..., G]; None means no clipping.
+        """
+        width = x.shape[-1]
+        x_GB = split_blocks(x, self.format.block_of(width))
+        groups = x_GB.shape[:-1]
+        one = torch.ones((), device=x.device)
+        low_G, high_G = ((one if r is None else r).expand(groups).reshape(-1) for r in (low, high))
+        outer = self._tensor_scale(x.detach())
+        flat = x_GB.reshape(-1, x_GB.shape[-1])
+        y = kernel.fake_quantize(flat, low_G, high_G, outer, format=self.format, rule=self.rule)
+        return join_blocks(y.unflatten(0, groups), width)
+
+    def _tensor_scale(self, x: Tensor) -> Tensor | None:
+        if not self.format.has_tensor_scale:
+            return None
+        return kernel.tensor_scale(x.abs().amax().to(torch.float32), self.format)

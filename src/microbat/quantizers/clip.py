@@ -1,0 +1,48 @@
+"""Block-wise learnable clipping (BATQuant, section 3.1.2, eq. 3 and 4): thresholds as a learned share of each block's extremes."""
+
+# Shapes: K last axis, G blocks along K.
+
+import torch
+from torch import Tensor, nn
+
+from microbat.formats.block import QTensor, join_blocks, split_blocks
+from microbat.quantizers.base import AbsMax
+
+INIT_LOGIT = 4.0  # sigmoid 0.982, as FlatQuant starts; the paper does not say (sheet C4)
+
+
+class Clip(nn.Module):
+    """Clip each block to ``[r_low * min(x, 0), r_high * max(x, 0)]``, then quantize with ``inner``.
+
+    ``ratios`` [..., G, 2] broadcasts over the leading axes of the tensor: [G, 2] clips an activation's block alike in
+    every token, [N, G, 2] clips each block of a weight on its own. While learning, ``logits`` are the parameter and
+    the ratios their sigmoid; :meth:`freeze` turns them into plain numbers.
+    """
+
+    def __init__(self, inner: AbsMax, ratios: Tensor | None = None, *, shape: tuple[int, ...] | None = None):
+        super().__init__()
+        self.inner = inner
+        self.logits = None if shape is None else nn.Parameter(torch.full((*shape, 2), INIT_LOGIT))
+        self.register_buffer("fixed_ratios", ratios)
+
+    @property
+    def ratios(self) -> Tensor:
+        return torch.sigmoid(self.logits) if self.logits is not None else self.fixed_ratios
+
+    def freeze(self) -> "Clip":
+        """The same clip with its present ratios as constants."""
+        return Clip(self.inner, self.ratios.detach().clone())
+
+    def clip(self, x: Tensor) -> Tensor:
+        """``x`` [..., K] with every block clipped; float32."""
+        x_GB = split_blocks(x.to(torch.float32), self.inner.format.block_of(x.shape[-1]))
+        low = self.ratios[..., 0] * x_GB.amin(-1).clamp(max=0)
+        high = self.ratios[..., 1] * x_GB.amax(-1).clamp(min=0)
+        return join_blocks(x_GB.clamp(low[..., None], high[..., None]), x.shape[-1])
+
+    def quantize(self, x: Tensor) -> QTensor:
+        return self.inner.quantize(self.clip(x))
+
+    def fake(self, x: Tensor) -> Tensor:
+        ratios = self.ratios
+        return self.inner.fake(x, ratios[..., 0], ratios[..., 1])

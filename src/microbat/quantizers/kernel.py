@@ -1,0 +1,166 @@
+"""The one numerical core of every block quantizer: clip, scale, round, in one pass over blocks, and its gradient.
+
+``forward`` and ``backward`` are plain functions of tensors. :func:`fake_quantize` runs them as one fused kernel each
+(``torch.compile``: C++ on a CPU, Triton on a GPU) with the straight-through gradient; small tensors and machines
+without a compiler run the same functions eagerly, with the same bits. Per block x of B numbers (paper, eq. 3 and 4):
+
+    high = r_high * max(max x, 0),  low = r_low * min(min x, 0),  c = clip(x, low, high)
+    s = scale rule(max(high, -low)),  y = s * round(c / s)
+
+Gradient (sheet C5: mask and detach): dy/dc is 1 where |c| <= s * element.max and 0 where it saturates; the scale is
+held fixed; a clipped lane passes its gradient to the bound, from there to the ratio and to the lane with the extreme.
+"""
+
+# Shapes: G blocks, B block size.
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from microbat.formats.block import BlockFormat
+from microbat.formats.element import E8M0, power_of_two
+from microbat.formats.scales import POWER_OF_TWO_RULES
+
+EAGER_BELOW = 1 << 17  # elements; under this a kernel launch costs more than it saves
+MIN_FLOAT_SCALE = 2.0**-9  # the smallest E4M3 subnormal: an all-zero block must not divide by zero
+
+
+def tensor_scale(amax: Tensor, format: BlockFormat) -> Tensor:
+    """Outer scale of a two-level format from the whole tensor's amax: the largest block scale becomes its maximum."""
+    return (amax / (format.element.max * format.scale_element.max)).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def block_scale(x_GB: Tensor, amax_G: Tensor, outer: Tensor | None, format: BlockFormat, rule: str) -> Tensor:
+    """Scale values [G] in the block scale's own format (the outer scale not multiplied in)."""
+    element = format.element
+    if format.scale_element is not E8M0:
+        amax_G = amax_G if outer is None else amax_G / outer
+        return format.scale_element.round(amax_G / element.max).clamp(min=MIN_FLOAT_SCALE if outer is not None else 0.0)
+    base = POWER_OF_TWO_RULES["floor" if rule == "mse" else rule](amax_G, element).clamp(-127, 127)
+    if rule == "mse":
+        wider = (base + 1).clamp(max=127)
+        error, wider_error = (_squared_error(x_GB, power_of_two(e), format) for e in (base, wider))
+        base = torch.where(wider_error < error, wider, base)
+    return torch.where(torch.isfinite(amax_G), power_of_two(base), float("nan"))
+
+
+def round_blocks(x_GB: Tensor, scale_G: Tensor, format: BlockFormat) -> Tensor:
+    """Element values [G, B] of ``x / scale``; ``scale`` is the product of all levels."""
+    if format.scale_element is E8M0:
+        return format.element.round(x_GB * scale_G.reciprocal()[..., None])
+    return format.element.round(torch.where(scale_G[..., None] == 0, 0.0, x_GB / scale_G[..., None]))
+
+
+def _squared_error(x_GB: Tensor, scale_G: Tensor, format: BlockFormat) -> Tensor:
+    # In units of the scale, so that huge blocks do not overflow.
+    scaled = x_GB * scale_G.reciprocal()[..., None]
+    error = (format.element.round(scaled) - scaled).square().sum(-1)
+    return torch.where(scaled.isfinite().all(-1), error, float("inf")) * scale_G.square()
+
+
+def _bounds(x_GB: Tensor, low_G: Tensor, high_G: Tensor) -> tuple[Tensor, Tensor]:
+    return low_G * x_GB.amin(-1).clamp(max=0), high_G * x_GB.amax(-1).clamp(min=0)
+
+
+def _clip_and_scale(
+    x_GB: Tensor, low_G: Tensor, high_G: Tensor, outer: Tensor | None, format: BlockFormat, rule: str
+) -> tuple[Tensor, Tensor]:
+    low, high = _bounds(x_GB, low_G, high_G)
+    clipped = torch.minimum(torch.maximum(x_GB, low[..., None]), high[..., None])
+    scale = block_scale(clipped, torch.maximum(high, -low), outer, format, rule)
+    return clipped, scale
+
+
+def forward(
+    x_GB: Tensor, low_G: Tensor, high_G: Tensor, outer: Tensor | None, *, format: BlockFormat, rule: str
+) -> Tensor:
+    """Values [G, B] after clipping, scaling and rounding."""
+    x_GB = x_GB.to(torch.float32)
+    clipped, scale = _clip_and_scale(x_GB, low_G, high_G, outer, format, rule)
+    scale = scale if outer is None else scale * outer
+    return round_blocks(clipped, scale, format) * scale[..., None]
+
+
+def backward(
+    grad_GB: Tensor,
+    x_GB: Tensor,
+    low_G: Tensor,
+    high_G: Tensor,
+    outer: Tensor | None,
+    *,
+    format: BlockFormat,
+    rule: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to x [G, B] and the clip ratios [G]; everything is recomputed from x."""
+    x_GB, grad_GB = x_GB.to(torch.float32), grad_GB.to(torch.float32)
+    clipped, scale = _clip_and_scale(x_GB, low_G, high_G, outer, format, rule)
+    scale = scale if outer is None else scale * outer
+    smallest, largest = x_GB.amin(-1).clamp(max=0), x_GB.amax(-1).clamp(min=0)
+    grad_c = torch.where(clipped.abs() <= (scale * format.element.max)[..., None], grad_GB, 0.0)
+    above = x_GB > (high_G * largest)[..., None]
+    below = x_GB < (low_G * smallest)[..., None]
+    grad_high = torch.where(above, grad_c, 0.0).sum(-1)
+    grad_low = torch.where(below, grad_c, 0.0).sum(-1)
+    grad_x = torch.where(above | below, 0.0, grad_c)
+    # The bound follows the block's extreme: the lane that holds it carries the rest of the gradient.
+    grad_x = grad_x + torch.where(x_GB == largest[..., None], (grad_high * high_G)[..., None], 0.0)
+    grad_x = grad_x + torch.where(x_GB == smallest[..., None], (grad_low * low_G)[..., None], 0.0)
+    return grad_x, grad_low * smallest, grad_high * largest
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_GB, low_G, high_G, outer, format, rule):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x_GB, low_G, high_G, outer)
+        ctx.format, ctx.rule = format, rule
+        return _run(forward, (x_GB, low_G, high_G, outer), format, rule)
+
+    @staticmethod
+    def backward(ctx, grad_GB):  # type: ignore[no-untyped-def]
+        x_GB, low_G, high_G, outer = ctx.saved_tensors
+        grads = _run(backward, (grad_GB.contiguous(), x_GB, low_G, high_G, outer), ctx.format, ctx.rule)
+        return grads[0].to(x_GB.dtype), grads[1], grads[2], None, None, None
+
+
+def fake_quantize(
+    x_GB: Tensor, low_G: Tensor, high_G: Tensor, outer: Tensor | None, *, format: BlockFormat, rule: str
+) -> Tensor:
+    """Fused :func:`forward` with the straight-through gradient; float32 [G, B], contiguous."""
+    return _FakeQuantize.apply(x_GB, low_G, high_G, outer, format, rule)
+
+
+def _run(function: Callable, tensors: tuple, format: BlockFormat, rule: str):  # type: ignore[no-untyped-def]
+    if tensors[0].numel() < EAGER_BELOW or not _can_compile():
+        return function(*tensors, format=format, rule=rule)
+    for tensor in tensors:
+        if tensor is not None and tensor.dim():
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return _compiled(function, format, rule)(*tensors)
+
+
+@functools.cache
+def _compiled(function: Callable, format: BlockFormat, rule: str) -> Callable:
+    def kernel(*tensors):  # type: ignore[no-untyped-def]
+        return function(*tensors, format=format, rule=rule)
+
+    # A code object of its own: torch.compile counts recompilations per code object and gives up after a few.
+    kernel.__code__ = kernel.__code__.replace(co_name=f"{function.__name__}_{format.name}_{rule}")
+    return torch.compile(kernel)
+
+
+@functools.cache
+def _can_compile() -> bool:
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2))
+    except Exception as error:  # no C++ compiler: any of several exception types, so all are reported
+        warnings.warn(
+            f"torch.compile does not work here ({type(error).__name__}: {str(error)[:200]}); quantizers run eagerly, "
+            "many times slower. Installing a C++ compiler (g++) mends this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True

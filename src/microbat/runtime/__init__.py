@@ -1,0 +1,1 @@
+"""Runtime: a folder becomes a model that runs. Needs no method and no calibration."""

@@ -1,0 +1,38 @@
+"""From a folder to a model: a transformers model whose linear layers are :class:`microbat.linear.QuantLinear`."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from microbat.export.folder import INDEX, OTHER_SHARD, block_shard, read_block, read_contract
+from microbat.linear import install
+from microbat.models.base import Checkpoint
+
+
+def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
+    """The model in a microbat folder, ready for ``model(...)`` and ``model.generate(...)``.
+
+    Weights stay on their format's grid (unpacked to ``dtype``), activations are transformed and quantized as they were
+    in calibration. Raises ValueError for a folder that is not ours, not finished, or damaged.
+    """
+    folder = Path(folder)
+    read_contract(folder)
+    checkpoint = Checkpoint(folder, index=INDEX)
+    family = checkpoint.family
+    model = checkpoint.skeleton()
+    blocks = model.get_submodule(family.blocks)
+    for index, block in enumerate(blocks):
+        stored = read_block(folder / block_shard(index))
+        install(block, stored.quantized, dtype)
+        floats = {key: tensor.to(dtype) for key, tensor in stored.floats.items()}
+        missing = block.load_state_dict(floats, strict=False, assign=True).missing_keys
+        missing = [key for key in missing if ".site." not in key]
+        if missing:
+            raise ValueError(f"shard {folder / block_shard(index)} lacks {missing[0]}")
+    if not (folder / OTHER_SHARD).is_file():
+        raise ValueError(f"{folder} lacks {OTHER_SHARD}")
+    checkpoint.load_into(model.get_submodule(family.embedding), family.embedding, dtype)
+    checkpoint.load_head(model, dtype)
+    model.generation_config = checkpoint.generation_config
+    return model.to(device).requires_grad_(False)

@@ -1,0 +1,78 @@
+"""Schemes: which format each role is stored in, as people write it: ``W4A4KV16``, ``W4A8``, ``W4A4KV16:nvfp4``.
+
+Bits name the default format of that width; names after a colon replace it for the roles of the same width.
+"""
+
+import re
+from dataclasses import dataclass
+
+from microbat.formats.block import BlockFormat
+from microbat.quantizers.base import AbsMax
+from microbat.registry import instances, unknown
+
+DEFAULT_FORMATS = {4: "mxfp4", 6: "mxfp6_e2m3", 8: "mxfp8_e4m3"}
+PATTERN = re.compile(r"W(?P<w>\d+)A(?P<a>\d+)(KV(?P<kv>\d+))?(:(?P<formats>[\w,]+))?", re.IGNORECASE)
+EXAMPLES = ("W4A4KV16", "W4A8KV16", "W4A16", "W8A8", "W4A4KV16:nvfp4", "W4A8:int4,int8")
+
+
+def formats() -> dict[str, BlockFormat]:
+    """Every number format by name."""
+    return instances("microbat.formats", BlockFormat)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """A quantizer for weights and one for activations; None leaves that role in 16 bits.
+
+    ``ignore``: regular expressions (``re:``) or exact names of linear layers to leave in float.
+    """
+
+    text: str
+    weight: AbsMax | None
+    activation: AbsMax | None
+    ignore: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str, *, scale_rule: str = "", ignore: tuple[str, ...] = ()) -> "Scheme":
+        """Read ``W<bits>A<bits>[KV<bits>][:format,...]``; ``scale_rule`` replaces each format's default rule."""
+        match = PATTERN.fullmatch(text)
+        if match is None:
+            raise ValueError(f"scheme {text!r} is not W<bits>A<bits>[KV<bits>][:format,...], as in {', '.join(EXAMPLES)}")
+        if match["kv"] not in (None, "16"):
+            raise ValueError(f"scheme {text!r}: a KV cache of {match['kv']} bits is not supported yet (allowed: KV16)")
+        known = formats()
+        named = {}
+        for name in (match["formats"] or "").lower().split(","):
+            if name and name not in known:
+                raise unknown("format", name, known)
+            if name:
+                named[known[name].element.bits] = known[name]
+        quantizers = [cls._quantizer(text, role, int(match[key]), named, known, scale_rule) for role, key in ROLES]
+        unused = {f.name for f in named.values()} - {q.format.name for q in quantizers if q}
+        if unused:
+            raise ValueError(f"scheme {text!r}: no role has the width of {', '.join(sorted(unused))}")
+        return cls(text=text, weight=quantizers[0], activation=quantizers[1], ignore=ignore)
+
+    @staticmethod
+    def _quantizer(
+        text: str, role: str, bits: int, named: dict[int, BlockFormat], known: dict[str, BlockFormat], rule: str
+    ) -> AbsMax | None:
+        if bits == 16:
+            return None
+        if bits not in named and bits not in DEFAULT_FORMATS:
+            raise ValueError(f"scheme {text!r}: no format of {bits} bits for {role} (allowed: 4, 6, 8, 16)")
+        format = named.get(bits) or known[DEFAULT_FORMATS[bits]]
+        return AbsMax(format=format, rule=rule)
+
+    @property
+    def block(self) -> int | None:
+        """The block size that transforms align with: the activation's, or the weight's where activations are float."""
+        quantizer = self.activation or self.weight
+        return quantizer.format.block if quantizer else None
+
+    def ignores(self, name: str) -> bool:
+        """Whether the linear layer of this full name stays in float."""
+        return any(re.search(p[3:], name) if p.startswith("re:") else p == name for p in self.ignore)
+
+
+ROLES = (("weights", "w"), ("activations", "a"))
