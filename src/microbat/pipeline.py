@@ -1,33 +1,350 @@
-"""The whole job, readable top to bottom: ``quantize`` a model into a folder, ``evaluate`` folders side by side.
+"""The whole job, readable top to bottom: ``quantize`` a model into a folder, ``evaluate`` folders side by side."""
 
-A run is described by a :class:`Run`, plain data that is written with the result (recipe.json) and reads back to the
-same run.
-"""
-
+import contextlib
 import dataclasses
 import json
+import os
 import platform
 import resource
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from microbat.calibrate import data as calibration_data
+from microbat.calibrate.data import Calibration
 from microbat.calibrate.engine import Job, Precision, Record, calibrate, preflight
+from microbat.evaluate.quality import compare
+from microbat.evaluate.text import load_text
+from microbat.evaluate.windows import tokenize
+from microbat.evaluate.windows import windows as cut_windows
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
-from microbat.methods.base import Method, Preparer, Quant, Solver
+from microbat.methods.base import Quant
 from microbat.models.base import Checkpoint, resolve
 from microbat.quantizers.clip import Clip
-from microbat.registry import pick, subclasses, unknown
+from microbat.recipe import Recipe, describe, to_json
 from microbat.report.activations import activation_record
+from microbat.report.page import write_page
+from microbat.runtime.load import load as load_folder
 from microbat.scheme import Scheme
 
-PICTURED_LAYERS = 3  # activations shown in the report
+PICTURED_LAYERS = 3  # activations that the report shows
 RUN_FILE, TOKENS_FILE = "run.json", "calibration.safetensors"
+
+
+def quantize(model: str | Path, *, out: str | Path, **fields: Any) -> Path:
+    """Quantize ``model`` (a folder or a name on the hub) into the folder ``out``; ``fields`` are those of a Recipe."""
+    return run(Recipe(model=str(model), **fields), out)
+
+
+def run(recipe: Recipe, out: str | Path) -> Path:
+    """Quantize ``recipe.model`` into the folder ``out`` and return it.
+
+    Work in progress lies in ``<out>.partial``; a run that was interrupted goes on at the block where it stopped.
+    Raises ValueError for whatever is wrong with the request, before anything is computed.
+    """
+    started = time.perf_counter()
+    out = Path(out)
+    preparers, solver = recipe.methods()
+    scheme = recipe.parsed_scheme()
+    calibration_data.check_source(recipe.calibration)
+    if scheme.weight is None:
+        raise ValueError(f"scheme {recipe.scheme!r} leaves weights in 16 bits: there is nothing to quantize")
+    if out.exists():
+        raise ValueError(f"output folder {out} exists; choose another or remove it")
+    checkpoint = Checkpoint(resolve(recipe.model))
+    if checkpoint.quant_method is not None:
+        raise ValueError(f"{checkpoint.path} is quantized already ({checkpoint.quant_method}); give the float model")
+    preflight(checkpoint, scheme)
+    partial = _open_partial(out, recipe, checkpoint)
+    device = _device(recipe.device)
+    calibration = _calibration(recipe, checkpoint, partial, device)
+    job = Job(
+        checkpoint=checkpoint,
+        scheme=scheme,
+        preparers=preparers,
+        solver=solver,
+        tokens=calibration.tokens,
+        seed=recipe.seed,
+        precision=_precision(recipe.precision, device),
+        device=device,
+    )
+    keeper = _FolderKeeper(partial)
+    with _progress(f"{recipe.method} {scheme.text}", checkpoint.num_blocks) as progress:
+        records = list(calibrate(job, keeper, _picture, progress))
+    floats = {name: checkpoint.tensor(name) for name in checkpoint.names if not checkpoint.in_block(name)}
+    folders.write_other(partial / folders.OTHER_SHARD, floats)
+    made = {
+        "recipe": to_json(recipe),
+        "methods": [describe(m) for m in (*preparers, solver)],
+        "calibration_fingerprint": calibration.fingerprint,
+        "precision": job.precision,
+        "versions": _versions(),
+    }
+    report = _report(recipe, job, records, partial, made, time.perf_counter() - started)
+    folders.finish(
+        partial,
+        out,
+        checkpoint.path,
+        _contract(scheme),
+        {"recipe.json": made, "report.json": report},
+        [partial / RUN_FILE, partial / TOKENS_FILE, *keeper.record_files()],
+    )
+    return out
+
+
+def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
+    """A runnable model: from a microbat folder as it was calibrated, or a float model from its folder or the hub."""
+    path = resolve(folder)
+    if folders.is_microbat_folder(path):
+        return load_folder(path, dtype=dtype, device=device)
+    Checkpoint(path)  # a damaged checkpoint shows here, with its name
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+
+
+def tokenizer_of(model: str | Path) -> Any:
+    """The tokenizer of a folder or a model on the hub."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(resolve(model))
+
+
+def evaluate(
+    models: Mapping[str, str | Path],
+    *,
+    text: str = "python-docs",
+    window: int = 1024,
+    windows: int = 16,
+    device: str = "auto",
+    reference: str = "float",
+) -> dict[str, Any]:
+    """Perplexity, KL divergence and top-1 agreement of ``models`` (name -> folder or hub name) on one text.
+
+    ``reference`` names the one that the others are compared with; a microbat folder brings its own float model when the
+    reference is not among the models and its recipe says where that is. Plain data, as the report wants it.
+    """
+    models = dict(models)
+    if reference not in models:
+        models = {reference: _float_model(next(iter(models.values()))), **models}
+    chosen = _device(device)
+    named = load_text(text)
+    tokenizer = tokenizer_of(models[reference])
+    cut = cut_windows(tokenize(named.text, tokenizer), window=window, limit=windows)
+    loaders = {name: partial(load, path, device=chosen) for name, path in models.items()}
+    result = dataclasses.asdict(compare(loaders, reference, cut))
+    return {"text": named.name, **result}
+
+
+def _float_model(folder: str | Path) -> str:
+    path = resolve(folder)
+    if not folders.is_microbat_folder(path):
+        return str(folder)
+    return json.loads((path / "recipe.json").read_text())["recipe"]["model"]
+
+
+def attach(folder: str | Path, evaluation: dict[str, Any]) -> None:
+    """Renew the report of ``folder`` with ``evaluation`` where it is a microbat folder; leave others alone."""
+    path = Path(folder)
+    if path.is_dir() and folders.is_microbat_folder(path):
+        write_report(path, evaluation)
+
+
+def write_report(folder: str | Path, evaluation: dict[str, Any] | None = None) -> Path:
+    """Write ``report.html`` into a microbat folder, with ``evaluation`` (from :func:`evaluate`) kept in report.json."""
+    folder = Path(folder)
+    folders.read_contract(folder)
+    content = json.loads((folder / "report.json").read_text())
+    if evaluation is not None:
+        content["evaluation"] = evaluation
+        folders.write_json(folder / "report.json", content)
+    return write_page(content, folder / "report.html")
+
+
+class _FolderKeeper:
+    """Finished blocks in the partial folder: a record, then the shard, whose presence says that the block is done."""
+
+    def __init__(self, partial: Path):
+        self.partial = partial
+
+    def load(self, index: int) -> tuple[QuantBlock, Record] | None:
+        shard = self.partial / folders.block_shard(index)
+        if not shard.is_file():
+            return None
+        record = Record(**json.loads(self._record(index).read_text()))
+        return folders.read_block(shard).quantized, record
+
+    def save(self, index: int, block: QuantBlock, module: nn.Module, record: Record) -> None:
+        folders.write_json(self._record(index), dataclasses.asdict(record))
+        path = self.partial / folders.block_shard(index)
+        folders.write_block(path, record.name, block, folders.float_tensors(module))
+
+    def record_files(self) -> list[Path]:
+        return sorted(self.partial.glob("record-*.json"))
+
+    def _record(self, index: int) -> Path:
+        return self.partial / f"record-{index:03d}.json"
+
+
+def _open_partial(out: Path, recipe: Recipe, checkpoint: Checkpoint) -> Path:
+    """The folder for work in progress: new, or that of the same recipe interrupted earlier."""
+    partial = out.with_name(out.name + ".partial")
+    run = {"recipe": to_json(recipe), "versions": _versions()}
+    if partial.exists():
+        file = partial / RUN_FILE
+        if not file.is_file() or json.loads(file.read_text()) != run:
+            raise ValueError(f"{partial} holds an unfinished run of another recipe or version; remove it or choose another output")
+        return partial
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free, needed = shutil.disk_usage(out.parent).free, checkpoint.nbytes
+    if free < needed:
+        raise ValueError(f"{out.parent} has {free / 1e9:.1f} GB free; the checkpoint may take up to {needed / 1e9:.1f} GB")
+    partial.mkdir()
+    folders.write_json(partial / RUN_FILE, run)
+    return partial
+
+
+def _calibration(recipe: Recipe, checkpoint: Checkpoint, partial: Path, device: torch.device) -> Calibration:
+    """The calibration tokens: those of the interrupted run, or made now and kept for the next."""
+    from safetensors.torch import load_file, save_file
+
+    file = partial / TOKENS_FILE
+    if not file.is_file():
+        count, length = recipe.num_calibration_samples, recipe.max_seq_length
+        if recipe.calibration == "self":
+            with _progress("writing calibration text", 1) as progress:
+                made = calibration_data.from_model(
+                    checkpoint, count, length, recipe.seed, device, lambda share: progress(0, share, 0.0)
+                )
+        else:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+            generator = torch.Generator().manual_seed(recipe.seed)
+            made = calibration_data.from_text(recipe.calibration, tokenizer, count, length, generator)
+        save_file({"tokens": made.tokens}, file.with_suffix(".tmp"))
+        os.replace(file.with_suffix(".tmp"), file)
+    return Calibration(tokens=load_file(file)["tokens"], source=recipe.calibration)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} is not there (torch sees no GPU); allowed: cpu, auto")
+    return torch.device(name)
+
+
+def _precision(name: str, device: torch.device) -> Precision:
+    """bfloat16 where the hardware multiplies it: codes times power-of-two scales are exact in it."""
+    if name == "auto":
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return "bfloat16" if fast else "float32"
+    return "float32" if name == "float32" else "bfloat16"
+
+
+def _picture(layer: str, before: Tensor, after: Tensor, quantizer: Quant) -> dict[str, Any]:
+    """What the report shows of one activation, before and after its transform."""
+    inner = quantizer.inner if isinstance(quantizer, Clip) else quantizer
+    clipped = quantizer.clip(after) if isinstance(quantizer, Clip) else after
+    return activation_record(
+        layer,
+        before,
+        clipped,
+        inner.scales(before).product,
+        inner.scales(clipped).product,
+        inner.format.element.grid.tolist(),
+        inner.format.block_of(before.shape[-1]),
+    )
+
+
+def _contract(scheme: Scheme) -> dict[str, Any]:
+    def role(quantizer: Any) -> dict[str, str] | None:
+        return quantizer and {"format": quantizer.format.name, "scale_rule": quantizer.rule}
+
+    return {
+        "scheme": scheme.text,
+        "weights": role(scheme.weight),
+        "activations": role(scheme.activation),
+        "ignore": list(scheme.ignore),
+    }
+
+
+def _versions() -> dict[str, str]:
+    import safetensors
+    import transformers
+
+    return {
+        "microbat": version("microbat"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _report(
+    recipe: Recipe, job: Job, records: list[Record], partial: Path, made: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    layers = [layer for record in records for layer in record.layers]
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    code_bytes = round(sum(layer["bits"] * layer["shape"][0] * layer["shape"][1] / 8 for layer in layers))
+    online_bytes = folders.online_bytes(partial)
+    total = sum(file.stat().st_size for file in partial.glob("microbat-*.safetensors"))
+    pictures = sorted((p for r in records for p in r.activations), key=lambda p: -_output_error(layers, p["layer"]))
+    role = {"weight": job.scheme.weight, "activation": job.scheme.activation}
+    return {
+        "microbat": made["versions"]["microbat"],
+        "model": recipe.model,
+        "family": job.checkpoint.family.name,
+        "scheme": recipe.scheme,
+        "method": recipe.method,
+        "solver": job.solver.name,
+        "recipe": made,
+        "formats": {k: q and {"name": q.format.name, "scale_rule": q.rule} for k, q in role.items()},
+        "bits_per_weight": 8 * (code_bytes + online_bytes) / weights,
+        "bytes": {
+            "quantized_layers": code_bytes,
+            "transforms": online_bytes,
+            "other": total - code_bytes - online_bytes,
+            "total": total,
+            "bf16_total": 2 * (weights + sum(job.checkpoint.tensor(n).numel() for n in job.checkpoint.names if not job.checkpoint.in_block(n))),
+        },
+        "layers": layers,
+        "blocks": [{k: v for k, v in dataclasses.asdict(r).items() if k not in ("layers", "activations")} for r in records],
+        "activations": pictures[:PICTURED_LAYERS],
+        "seconds": seconds,
+        "peak_memory_bytes": _peak_memory(),
+    }
+
+
+def _output_error(layers: list[dict[str, Any]], name: str) -> float:
+    return next(layer["output_error"] for layer in layers if layer["name"] == name)
+
+
+def _peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int, float, float], None]]:
+    """A progress bar with an ETA; yields ``update(index, share of it done, loss)``."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}")) as bar:
+        task = bar.add_task(title, total=total, loss="")
+
+        def update(index: int, share: float, loss: float) -> None:
+            bar.update(task, completed=index + share, loss=f"loss {loss:.4g}" if loss else "")
+
+        yield update

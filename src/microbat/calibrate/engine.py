@@ -22,7 +22,6 @@ from microbat.calibrate.stats import Hessian
 from microbat.linear import QuantBlock, QuantLinear, QuantSite, SiteInput, install
 from microbat.methods.base import Plan, Preparer, Quant, SitePlan, Solver, Statistics
 from microbat.models.base import Checkpoint, linear_layers
-from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.scheme import Scheme
 
@@ -66,7 +65,7 @@ class Keeper(Protocol):
     def save(self, index: int, block: QuantBlock, module: nn.Module, record: Record) -> None: ...
 
 
-Observer = Callable[[str, Tensor, Tensor, Quant | None, Quant | None], dict[str, Any]]
+Observer = Callable[[str, Tensor, Tensor, Quant], dict[str, Any]]
 Progress = Callable[[int, float, float], None]
 
 
@@ -144,7 +143,7 @@ def calibrate(job: Job, keeper: Keeper, observe: Observer, progress: Progress) -
             block_result, record = _quantize_block(job, data, name, observe)
             install(block, block_result)
             outputs = runner.run(block, quantized)
-            record.error = _relative_error(outputs, data.targets, original)
+            record.error = _drift(outputs, data.targets)
             record.seconds = time.perf_counter() - started
             keeper.save(index, block_result, block, record)
         else:
@@ -153,7 +152,7 @@ def calibrate(job: Job, keeper: Keeper, observe: Observer, progress: Progress) -
             outputs = runner.run(block, quantized)
         _check_finite(outputs, f"the quantized outputs of {name}")
         quantized, original = outputs, data.targets
-        blocks[index].to("meta")
+        blocks[index] = nn.Identity()  # its memory goes; the keeper has what it needs
         progress(index, 1.0, record.error)
         yield record
 
@@ -276,6 +275,7 @@ def _measure(
                 {
                     "name": f"{name}.{path}",
                     "block": data.index,
+                    "site": plan.site.name,
                     "kind": path.rsplit(".", 1)[-1],
                     "shape": list(codes[path].shape),
                     "format": format.name,
@@ -290,8 +290,7 @@ def _measure(
                 worst = (error, f"{name}.{path}", x, mapped, plan.activation)
     pictures = []
     if worst[2] is not None:
-        plain = AbsMax(format=worst[4].inner.format, rule=worst[4].inner.rule) if isinstance(worst[4], Clip) else worst[4]
-        pictures.append(observe(worst[1], worst[2].flatten(0, -2), worst[3].flatten(0, -2), plain, worst[4]))
+        pictures.append(observe(worst[1], worst[2].flatten(0, -2), worst[3].flatten(0, -2), worst[4]))
     return layers, pictures
 
 
@@ -314,7 +313,7 @@ def _first_inputs(job: Job, model: nn.Module) -> tuple[Tensor, dict[str, Any]]:
         model(job.tokens[:1].to(job.device), use_cache=False)
     with torch.no_grad():
         inputs = torch.cat([embedding(rows.to(job.device)) for rows in job.tokens.split(job.batch)])
-    embedding.to("meta")
+    model.set_submodule(family.embedding, nn.Identity())
     return inputs, caught
 
 
@@ -335,10 +334,10 @@ def _watch(module: nn.Module, see: Callable[[tuple, Tensor], Any], once: bool = 
         handle.remove()
 
 
-def _relative_error(output: Tensor, target: Tensor, source: Tensor) -> float:
-    """Mean over tokens of the squared error over the squared update that the float block makes."""
+def _drift(output: Tensor, target: Tensor) -> float:
+    """Mean over tokens of the squared distance between the two streams over the float one's energy."""
     error = (output - target).square().sum(-1)
-    return (error / (target - source).square().sum(-1).clamp(min=1e-12)).mean().item()
+    return (error / target.square().sum(-1).clamp(min=1e-12)).mean().item()
 
 
 def _ratio(error: Tensor, reference: Tensor) -> float:

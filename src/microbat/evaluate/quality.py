@@ -76,9 +76,9 @@ class _Sums:
     kl: list[float] = field(default_factory=list)
     top1: list[float] = field(default_factory=list)
 
-    def append(self, nll: float, kl: float, top1: float) -> None:
-        self.nll.append(nll)
-        self.kl.append(kl)
+    def append(self, name: str, nll: float, kl: float, top1: float) -> None:
+        self.nll.append(_finite(nll, f"model {name!r}", len(self.nll)))
+        self.kl.append(_finite(kl, f"model {name!r}", len(self.kl)))
         self.top1.append(top1)
 
 
@@ -88,14 +88,14 @@ def perplexity(model: nn.Module, windows: Windows, *, progress: bool = True) -> 
     sums: list[float] = []
     with _evaluating(model), _bar("perplexity", len(windows), progress) as advance:
         for tokens_T, fresh in windows:
-            logits_FV, targets_F = _predictions(model, tokens_T, fresh)
-            sums.append(_finite(_nll(logits_FV, targets_F), "the model", len(sums)))
+            nll = _nll(*_predictions(model, tokens_T, fresh))
+            sums.append(_finite(nll, "the model", len(sums)))
             advance(_running(sums, windows))
     nll, stderr = _mean(sums, windows)
     return Perplexity(
-        value=math.exp(nll),
+        value=_exp(nll),
         nll=nll,
-        stderr=_scaled(stderr, math.exp(nll)),
+        stderr=_scaled(stderr, _exp(nll)),
         tokens=windows.num_predictions,
         windows=len(windows),
         window=windows.window,
@@ -168,23 +168,27 @@ def _compare_group(
     loaded = {name: _loaded(model) for name, model in others.items()}
     sums = {name: _Sums() for name in (reference, *loaded)}
     with _evaluating(*loaded.values()):
-        for index, (tokens_T, fresh) in enumerate(windows):
+        for tokens_T, fresh in windows:
             base_FV, targets_F = _predictions(base, tokens_T, fresh)
-            nll = _finite(_nll(base_FV, targets_F), f"model {reference!r}", index)
-            sums[reference].append(nll, 0.0, float(fresh))
+            sums[reference].append(reference, _nll(base_FV, targets_F), 0.0, float(fresh))
             advance(f"{reference} {_running(sums[reference].nll, windows)}")
             for name, model in loaded.items():
-                logits_FV, targets_F = _predictions(model, tokens_T, fresh)
-                if logits_FV.shape != base_FV.shape:
-                    raise ValueError(
-                        f"model {name!r} has a vocabulary of {logits_FV.shape[-1]}, "
-                        f"the reference {reference!r} one of {base_FV.shape[-1]}"
-                    )
-                nll = _finite(_nll(logits_FV, targets_F), f"model {name!r}", index)
-                kl, top1 = _agreement(base_FV, logits_FV)
-                sums[name].append(nll, _finite(kl, f"model {name!r}", index), top1)
+                sums[name].append(name, *_against(base_FV, name, model, tokens_T))
                 advance(f"{name} {_running(sums[name].nll, windows)}")
+            del base_FV  # or it would still be held while the next window's are computed
     return sums
+
+
+def _against(
+    base_FV: Float[Tensor, "F V"], name: str, model: nn.Module, tokens_T: Int[Tensor, " T"]
+) -> tuple[float, float, float]:
+    """Sums over a window's predictions: negative log-likelihood, KL and agreement. Its logits are freed on return."""
+    logits_FV, targets_F = _predictions(model, tokens_T, base_FV.shape[0])
+    if logits_FV.shape != base_FV.shape:
+        raise ValueError(
+            f"model {name!r} has a vocabulary of {logits_FV.shape[-1]}, the reference one of {base_FV.shape[-1]}"
+        )
+    return _nll(logits_FV, targets_F), *_agreement(base_FV, logits_FV)
 
 
 def _predictions(
@@ -230,10 +234,10 @@ def _row(name: str, sums: _Sums, base: _Sums, windows: Windows) -> Row:
     top1, top1_stderr = _mean(sums.top1, windows)
     return Row(
         name=name,
-        perplexity=math.exp(nll),
-        perplexity_stderr=_scaled(nll_stderr, math.exp(nll)),
-        ratio=math.exp(excess),
-        ratio_stderr=_scaled(excess_stderr, math.exp(excess)),
+        perplexity=_exp(nll),
+        perplexity_stderr=_scaled(nll_stderr, _exp(nll)),
+        ratio=_exp(excess),
+        ratio_stderr=_scaled(excess_stderr, _exp(excess)),
         kl=kl,
         kl_stderr=kl_stderr,
         top1=top1,
@@ -261,7 +265,12 @@ def _scaled(stderr: float | None, derivative: float) -> float | None:
 
 
 def _running(sums: list[float], windows: Windows) -> str:
-    return f"perplexity {math.exp(_mean(sums, windows)[0]):.4g}"
+    return f"perplexity {_exp(_mean(sums, windows)[0]):.4g}"
+
+
+def _exp(nll: float) -> float:
+    """exp, infinite where a float64 cannot hold it."""
+    return math.exp(nll) if nll < 709 else math.inf
 
 
 def _finite(value: float, model: str, index: int) -> float:

@@ -105,9 +105,10 @@ def _text_fields(path: Path) -> Iterable[str]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"text {str(path)!r}, line {number}: not JSON ({error.msg})") from error
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise ValueError(f"text {str(path)!r}, line {number}: no field 'text' with a string")
-            yield row["text"]
+            text = row.get("text") if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                raise ValueError(f"text {str(path)!r}, line {number}: no field 'text' with a string")  # noqa: TRY004
+            yield text
 
 
 _READERS: dict[str, Callable[[Path], str]] = {".txt": _read_whole, ".raw": _read_whole, ".jsonl": _read_jsonl}

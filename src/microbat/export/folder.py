@@ -152,17 +152,17 @@ def finish(
         total += shard.stat().st_size
         with safe_open(shard, framework="pt") as file:
             weight_map |= dict.fromkeys(file.keys(), shard.name)
-    _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     for pattern in COPIED:
         for file in source.glob(pattern):
             shutil.copy(file, partial / file.name)
     config = json.loads((source / "config.json").read_text())
     contract = {"quant_method": QUANT_METHOD, "schema": SCHEMA_VERSION, **quantization, **CONVENTION}
     for name, document in documents.items():
-        _write_json(partial / name, document)
+        write_json(partial / name, document)
     for file in scratch:
         file.unlink()
-    _write_json(partial / "config.json", {**config, "quantization_config": contract})
+    write_json(partial / "config.json", {**config, "quantization_config": contract})
     os.rename(partial, folder)
 
 
@@ -181,6 +181,17 @@ def read_contract(folder: Path) -> dict[str, Any]:
     return contract
 
 
+def online_bytes(folder: Path) -> int:
+    """Bytes of transforms and clip ratios, what quantized layers store besides codes and scales."""
+    from safetensors import safe_open
+
+    total = 0
+    for shard in folder.glob("microbat-block-*.safetensors"):
+        with safe_open(shard, framework="pt") as file:
+            total += sum(file.get_tensor(k).nbytes for k in file.keys() if ".sites." in k)  # noqa: SIM118
+    return total
+
+
 def is_microbat_folder(path: Path) -> bool:
     """Whether ``path`` is a finished folder of ours."""
     file = path / "config.json"
@@ -195,7 +206,8 @@ def _write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     os.replace(temporary, path)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
     os.replace(temporary, path)

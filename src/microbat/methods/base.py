@@ -69,7 +69,12 @@ class Method(ABC):
 
 
 class Preparer(Method):
-    """Decides where and how to transform and clip; leaves the float function of the block as it was."""
+    """Decides where and how to transform and clip; leaves the float function of the block as it was.
+
+    ``default_solver`` is the last step that suits it best.
+    """
+
+    default_solver: ClassVar[str] = "gptq"
 
     @abstractmethod
     def prepare(self, data: BlockData, plan: Plan, solver: "Solver") -> Plan: ...

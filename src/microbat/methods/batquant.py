@@ -47,6 +47,16 @@ class BATQuant(Preparer):
     batch: int = 4  # sec. 4.1.2
     objective: Objective = "relative"  # the paper's mse fails on massive activations, LOG.md
 
+    def __post_init__(self) -> None:
+        for field in ("lr", "clip_lr"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{self.name}.{field}={getattr(self, field)} must be 0 or more")
+        for field, least in (("epochs", 0), ("batch", 1), ("g1", 1), ("g", 0)):
+            if getattr(self, field) < least:
+                raise ValueError(f"{self.name}.{field}={getattr(self, field)} must be at least {least}")
+        if self.g and self.transform in ("gpk", "naive_kron") and self.g % self.g1:
+            raise ValueError(f"{self.name}.g1={self.g1} does not divide the transform block g={self.g}")
+
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
         for site in plan.sites:
             linears = {path: data.block.get_submodule(path) for path in site.site.consumers}

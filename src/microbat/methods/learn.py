@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from microbat.methods.base import BlockData
 
-Objective = Literal["mse", "relative"]
+Objective = Literal["mse", "relative", "stream"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,14 @@ class Schedule:
     min_lr_ratio: float = 1e-3  # FlatQuant's floor of the cosine
 
 
-def block_loss(output: Tensor, target: Tensor, source: Tensor, objective: Objective) -> Tensor:
-    """Scalar loss between block outputs [S, L, K]; ``source`` is the float block's input, which tells its update."""
+def block_loss(output: Tensor, target: Tensor, source: Tensor, given: Tensor, objective: Objective) -> Tensor:
+    """Scalar loss between block outputs [S, L, K]. ``source`` is the float block's input, ``given`` the one at hand."""
     error = (output.to(torch.float32) - target).square().sum(-1)
     if objective == "mse":
         return error.mean() / target.shape[-1]
-    energy = (target - source).square().sum(-1)
+    if objective == "stream":
+        return (error / target.square().sum(-1).clamp(min=1e-12)).mean()
+    energy = (target - source).square().sum(-1) + (given - source).square().sum(-1)
     return (error / energy.clamp(min=1e-12)).mean()
 
 
@@ -65,7 +67,9 @@ def train(
     for _ in range(schedule.epochs):
         for rows in torch.randperm(num, generator=data.generator).split(schedule.batch):
             output = function(data.inputs[rows])
-            loss = block_loss(output, data.targets[rows], data.float_inputs[rows], schedule.objective)
+            loss = block_loss(
+                output, data.targets[rows], data.float_inputs[rows], data.inputs[rows], schedule.objective
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -144,6 +144,14 @@ class Checkpoint:
     def names(self) -> Iterable[str]:
         return self._files.keys()
 
+    def in_block(self, name: str) -> bool:
+        """Whether the stored tensor ``name`` belongs to one of the blocks."""
+        return name.startswith(self.family.blocks + ".")
+
+    @cached_property
+    def num_blocks(self) -> int:
+        return 1 + max(int(n[len(self.family.blocks) + 1 :].split(".")[0]) for n in self.names if self.in_block(n))
+
     def tensor(self, name: str) -> Tensor:
         """One stored tensor, in its stored dtype."""
         with _open(self._files[name]) as tensors:

@@ -1,0 +1,266 @@
+"""The command line: verbs over :mod:`microbat.pipeline`. Errors of the user's making print one line and exit with 2."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Turn a pretrained language model into a 4-bit checkpoint that keeps its accuracy, and prove what was lost.",
+)
+console = Console()
+
+
+class Listed(StrEnum):
+    """What ``microbat list`` lists."""
+
+    formats = "formats"
+    methods = "methods"
+    families = "families"
+    schemes = "schemes"
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, FloatingPointError, ImportError, OSError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")] = "",
+    out: Annotated[Path, typer.Option(help="The folder to write; must not exist.")] = ...,  # type: ignore[assignment]
+    method: Annotated[str, typer.Option(help="See `microbat list methods`.")] = "batquant",
+    solver: Annotated[str, typer.Option(help="The last step that picks the codes; empty: the method's own.")] = "",
+    scheme: Annotated[str, typer.Option(help="See `microbat list schemes`.")] = "W4A4KV16",
+    scale_rule: Annotated[str, typer.Option(help="floor, even, rceil, ceil, mse; empty: each format's best.")] = "",
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="A layer to leave in float: its full name, or `re:` and a pattern.")
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="`self` (the model's own text), a .txt or .jsonl file, or a data set of the hub.")
+    ] = "self",
+    num_calibration_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
+    max_seq_length: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A hyper-parameter: key=value, as `microbat list methods` names it.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    precision: Annotated[str, typer.Option(help="Of products in calibration: auto, bfloat16, float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe.json of an earlier run, or your YAML; options are then taken from it.")
+    ] = None,
+) -> None:
+    """Quantize a model into a folder. An interrupted run goes on where it stopped when the same command runs again.
+
+    Example: `microbat quantize Qwen/Qwen3-0.6B --scheme W4A4KV16 --out qwen-mxfp4`
+    """
+    from microbat import pipeline
+    from microbat.recipe import Recipe, parse_settings
+
+    with _errors():
+        if recipe is not None:
+            chosen = Recipe.read(recipe)
+            chosen = dataclasses.replace(chosen, model=model) if model else chosen
+        else:
+            if not model:
+                raise ValueError("give a MODEL, or a --recipe that names one")
+            chosen = Recipe(
+                model=model,
+                method=method,
+                solver=solver,
+                scheme=scheme,
+                scale_rule=scale_rule,
+                ignore=tuple(ignore or ()),
+                calibration=calibration,
+                num_calibration_samples=num_calibration_samples,
+                max_seq_length=max_seq_length,
+                settings=parse_settings(set_ or []),
+                seed=seed,
+                precision=precision,
+                device=device,
+            )
+        folder = pipeline.run(chosen, out)
+        page = pipeline.write_report(folder)
+    content = json.loads((folder / "report.json").read_text())
+    console.print(f"{folder}: {content['bits_per_weight']:.3f} bits per weight, report {page}", soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Folders or names on the hub; a name=path gives a row its name.")],
+    text: Annotated[str, typer.Option(help="python-docs (comes with Python), a .txt/.raw/.jsonl file, or wikitext-2-raw.")] = "python-docs",
+    windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 16,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    tasks: Annotated[str, typer.Option(help="Benchmarks instead of a text, as piqa,arc_easy (extra: microbat[tasks]).")] = "",
+    data: Annotated[Path | None, typer.Option(help="A folder of local jsonl copies of the benchmarks.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each benchmark; all when not given.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
+) -> None:
+    """Measure models side by side: perplexity, KL divergence and top-1 agreement with the float model, or benchmarks.
+
+    Example: `microbat eval float=Qwen/Qwen3-0.6B mxfp4=qwen-mxfp4 --text wikitext-2-raw`
+    """
+    from microbat import pipeline
+
+    with _errors():
+        named = dict(_named(m) for m in models)
+        if tasks:
+            result = pipeline.evaluate_tasks(named, tasks.split(","), data=data, limit=limit, device=device)
+            _print_tasks(result)
+        else:
+            result = pipeline.evaluate(named, text=text, window=window, windows=windows, device=device)
+            _print_quality(result)
+            for name, path in named.items():
+                pipeline.attach(path, name, result)
+        if json_out is not None:
+            json_out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _named(argument: str) -> tuple[str, str]:
+    name, separator, path = argument.partition("=")
+    return (name, path) if separator else (Path(argument).name, argument)
+
+
+def _print_quality(result: dict[str, Any]) -> None:
+    table = Table(title=f"{result['text']}: {result['windows']} windows of {result['window']}, stride {result['stride']}")
+    for column in ("model", "perplexity", "ratio", "KL (nats)", "top-1 agreement"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in result["rows"]:
+        table.add_row(
+            row["name"],
+            _with_error(row["perplexity"], row["perplexity_stderr"], 2),
+            _with_error(row["ratio"], row["ratio_stderr"], 3),
+            _with_error(row["kl"], row["kl_stderr"], 4),
+            _with_error(row["top1"], row["top1_stderr"], 3),
+        )
+    console.print(table)
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
+
+
+def _print_tasks(result: dict[str, Any]) -> None:
+    table = Table(title=f"recovery against {result['reference']}" if result["reference"] else "benchmarks")
+    names = list(next(iter(result["models"].values()))["tasks"])
+    for column in ("model", *names, "recovery %"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, row in result["models"].items():
+        scores = [f"{t['score']:.3f} ± {t['stderr']:.3f}" for t in row["tasks"].values()]
+        recovered = "" if row["recovery"] is None else f"{row['recovery']:.2f}"
+        table.add_row(name, *scores, recovered)
+    console.print(table)
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) -> None:
+    """What is in a folder: bits per weight, sizes, formats, transforms with their parameter counts, per-layer errors."""
+    from microbat.export.folder import read_contract
+
+    with _errors():
+        contract = read_contract(folder)
+        content = json.loads((folder / "report.json").read_text())
+    size = content["bytes"]
+    console.print(f"[bold]{folder}[/]: {content['model']} ({content['family']}), {content['method']} + {content['solver']}, {content['scheme']}", highlight=False)
+    for role in ("weights", "activations"):
+        stored = contract[role]
+        console.print(f"{role}: " + (f"{stored['format']}, scale rule {stored['scale_rule']}" if stored else "float"))
+    console.print(
+        f"{content['bits_per_weight']:.3f} bits per quantized weight (codes, scales, transforms, clips); "
+        f"quantized layers {size['quantized_layers'] / 1e6:.1f} MB, transforms and clips {size['transforms'] / 1e6:.2f} MB, "
+        f"other {size['other'] / 1e6:.1f} MB, total {size['total'] / 1e6:.1f} MB (bfloat16: {size['bf16_total'] / 1e6:.1f} MB)"
+    )
+    table = Table()
+    for column in ("layer", "shape", "format", "bits", "transform", "parameters", "weight error", "output error"):
+        table.add_column(column, justify="left" if column in ("layer", "format", "transform") else "right")
+    for layer in content["layers"]:
+        table.add_row(
+            layer["name"],
+            "x".join(map(str, layer["shape"])),
+            layer["format"],
+            f"{layer['bits']:.2f}",
+            layer["transform"] or "none",
+            str(layer["transform_params"]),
+            f"{layer['weight_error']:.4f}",
+            f"{layer['output_error']:.4f}",
+        )
+    console.print(table)
+    parameters = {(layer["block"], layer["site"]): layer["transform_params"] for layer in content["layers"]}
+    console.print(f"{sum(parameters.values())} transform parameters in all")
+
+
+@app.command("list")
+def list_(what: Annotated[Listed, typer.Argument(help="formats, methods, families or schemes")]) -> None:
+    """What there is to choose from."""
+    {
+        Listed.formats: _list_formats,
+        Listed.methods: _list_methods,
+        Listed.families: _list_families,
+        Listed.schemes: _list_schemes,
+    }[what]()
+
+
+def _list_formats() -> None:
+    from microbat.formats.scales import default_rule, rules_for
+    from microbat.scheme import formats
+
+    table = Table()
+    for column in ("format", "element", "largest", "scales", "bits per element", "scale rules (default first)"):
+        table.add_column(column)
+    for name, format in formats().items():
+        scales = " + ".join(f"{level.element.name} / {level.group}" for level in format.levels)
+        default = default_rule(format)
+        rules = ", ".join([default, *(r for r in rules_for(format) if r != default)])
+        bits = f"{format.bits_per_element((4096, 4096)):.3f}"
+        table.add_row(name, format.element.name, f"{format.element.max:g}", scales, bits, rules)
+    console.print(table)
+
+
+def _list_methods() -> None:
+    from microbat.methods.base import Solver
+    from microbat.recipe import methods
+
+    for name, kind in methods().items():
+        role = "solver" if issubclass(kind, Solver) else f"preparer, then {kind.default_solver}"  # type: ignore[attr-defined]
+        console.print(f"[bold]{name}[/] ({role}): {kind.summary}", highlight=False)
+        for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+            type_ = getattr(field.type, "__name__", None) or str(field.type).removeprefix("typing.")
+            console.print(f"    --set {field.name}={field.default}    {type_}", highlight=False, markup=False)
+
+
+def _list_families() -> None:
+    from microbat.models.base import families
+
+    for name, family in families().items():
+        sites = "; ".join(f"{site.name}: {', '.join(c.rsplit('.', 1)[-1] for c in site.consumers)}" for site in family.sites)
+        console.print(f"[bold]{name}[/] ({sites})", highlight=False)
+
+
+def _list_schemes() -> None:
+    from microbat.scheme import EXAMPLES, Scheme
+
+    console.print("W<bits>A<bits>[KV<bits>][:format,...]; a format replaces the default of its width")
+    for text in EXAMPLES:
+        scheme = Scheme.parse(text)
+        roles = {"weights": scheme.weight, "activations": scheme.activation}
+        console.print(f"[bold]{text}[/]  " + ", ".join(f"{k} {q.format.name if q else 'float'}" for k, q in roles.items()), highlight=False)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,102 @@
+"""Small real things that the tests share: tiny models of each family in Hugging Face folders, with a tokenizer."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+WORDS = [f"w{i}" for i in range(90)]
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<eos>": 1, **{word: i + 2 for i, word in enumerate(WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
+
+
+def save_model(folder: Path, family: str, **overrides: object) -> Path:
+    """A tiny random model: 2 layers, GQA, for Qwen3 a head size that is not hidden divided by heads, tied embeddings."""
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
+
+    kinds = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }
+    settings = {
+        "vocab_size": 92,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": family != "llama",
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    if family == "qwen3":
+        settings["head_dim"] = 32
+    settings.update(overrides)
+    config_class, model_class = kinds[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = model_class(config_class(**settings))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(std=0.1)
+                elif "norm" in name:
+                    # Outlier channels, as real models have them.
+                    parameter.copy_(torch.rand_like(parameter) + 0.5)
+                    parameter[::17] *= 12
+                else:
+                    parameter.normal_(std=0.08)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """``tiny("qwen3")``: the folder of a tiny float model, made once a session."""
+    made: dict[str, Path] = {}
+
+    def get(family: str = "llama") -> Path:
+        if family not in made:
+            made[family] = save_model(tmp_path_factory.mktemp(family) / "model", family)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """Random words: calibration and evaluation text for the tiny models."""
+    generator = torch.Generator().manual_seed(3)
+    picks = torch.randint(len(WORDS), (6000,), generator=generator)
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    file.write_text(" ".join(WORDS[i] for i in picks))
+    return file
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Benchmark data beside the checkout; tests that need it are skipped where it is missing."""
+    if not SHARED.is_dir():
+        pytest.skip("no benchmark data beside the checkout")
+    return SHARED

@@ -1,0 +1,90 @@
+"""BATQuant on one real block of a tiny model: identities at its corners, and that it beats what it must beat."""
+
+import pytest
+import torch
+
+from microbat.calibrate.engine import Job, calibrate
+from microbat.methods.batquant import BATQuant
+from microbat.methods.gptq import GPTQ
+from microbat.methods.learned import Learned
+from microbat.methods.rtn import RTN
+from microbat.models.base import Checkpoint
+from microbat.scheme import Scheme
+
+
+class Memory:
+    def __init__(self):
+        self.blocks = {}
+
+    def load(self, index):
+        return None
+
+    def save(self, index, block, module, record):
+        self.blocks[index] = block
+
+
+def quantize(path, preparers, solver=None, scheme="W4A4", rule="floor"):
+    tokens = torch.randint(2, 90, (16, 32), generator=torch.Generator().manual_seed(5))
+    memory = Memory()
+    job = Job(
+        checkpoint=Checkpoint(path),
+        scheme=Scheme.parse(scheme, scale_rule=rule),
+        preparers=preparers,
+        solver=solver or RTN(),
+        tokens=tokens,
+        seed=0,
+        precision="float32",
+        device=torch.device("cpu"),
+    )
+    records = list(calibrate(job, memory, lambda *a: {}, lambda *a: None))
+    return memory.blocks, records
+
+
+def codes(blocks):
+    return [q.codes for b in blocks.values() for q in b.weights.values()]
+
+
+def test_nothing_on_is_rtn_bit_for_bit(tiny):
+    off = BATQuant(transform="none", clip=False, weight_clip=False, epochs=0)
+    bat, _ = quantize(tiny(), (off,))
+    rtn, _ = quantize(tiny(), ())
+    assert all(torch.equal(a, b) for a, b in zip(codes(bat), codes(rtn), strict=True))
+
+
+def test_hadamard_start_untrained_is_the_fixed_block_hadamard(tiny):
+    start, _ = quantize(tiny(), (BATQuant(transform="gpk", clip=False, weight_clip=False, epochs=0),))
+    fixed, _ = quantize(tiny(), (BATQuant(transform="hadamard", clip=False, weight_clip=False, epochs=0),))
+    same = torch.cat([(a == b).flatten() for a, b in zip(codes(start), codes(fixed), strict=True)])
+    assert same.double().mean() > 0.999  # ties may fall otherwise by a float32 ulp
+
+
+@pytest.mark.parametrize("transform", ["gpk", "naive_kron", "full"])
+def test_training_lowers_the_loss_and_beats_rtn_and_the_fixed_hadamard(tiny, transform):
+    _, rtn = quantize(tiny(), ())
+    _, fixed = quantize(tiny(), (BATQuant(transform="hadamard", clip=False, weight_clip=False, epochs=0),))
+    _, bat = quantize(tiny(), (BATQuant(transform=transform, epochs=20, lr=1e-2),))
+    assert bat[0].loss[-1] < bat[0].loss[0]
+    assert bat[0].error < fixed[0].error
+    assert bat[0].error < 0.9 * rtn[0].error
+
+
+def test_last_steps_improve_on_nearest(tiny):
+    preparer = BATQuant(epochs=15)
+    _, nearest = quantize(tiny(), (preparer,), RTN())
+    _, gptq = quantize(tiny(), (preparer,), GPTQ())
+    _, learned = quantize(tiny(), (preparer,), Learned())
+    assert gptq[0].error < nearest[0].error
+    assert learned[0].error < nearest[0].error
+
+
+@pytest.mark.parametrize("scheme", ["W4A4:nvfp4", "W4A8", "W4A16", "W8A8:int8"])
+def test_every_block_format_works(tiny, scheme):
+    preparer = BATQuant(epochs=1) if scheme != "W8A8:int8" else BATQuant(epochs=1, g=32)
+    blocks, records = quantize(tiny("qwen3"), (preparer,), Learned(), scheme, rule="")
+    assert len(blocks) == 2
+    assert all(0 <= record.error < 1 for record in records)
+
+
+def test_unknown_choices_are_refused():
+    with pytest.raises(ValueError, match="g1=5"):
+        BATQuant(g=32, g1=5)

@@ -1,0 +1,110 @@
+"""GPTQ: equals RTN where it must, beats it where it can, an independent float64 solve agrees, damping is raised and told."""
+
+import pytest
+import torch
+
+from microbat.formats.integer import INT4_GROUP, INT8_ROW
+from microbat.formats.microscaling import MXFP4, NVFP4
+from microbat.methods.base import Statistics
+from microbat.methods.gptq import GPTQ, inverse_cholesky
+from microbat.methods.rtn import RTN
+from microbat.quantizers.base import AbsMax
+from microbat.quantizers.clip import Clip
+
+FORMATS = [MXFP4, NVFP4, INT4_GROUP, INT8_ROW]
+
+
+def problem(N=24, K=96, T=500, seed=0):
+    """A weight and correlated inputs with outlier channels."""
+    g = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(K, K, generator=g) / K**0.5 + 0.5 * torch.eye(K)
+    x = torch.randn(T, K, generator=g) @ mixing
+    x[:, ::13] *= 8
+    return torch.randn(N, K, generator=g), x
+
+
+def hessian(x):
+    return (x.T @ x / len(x)).to(torch.float64)
+
+
+def loss(solution, weight, x):
+    return ((solution.weight.dequantize() - weight) @ x.T).square().sum().item()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+def test_diagonal_hessian_gives_rtn(format):
+    weight, _ = problem()
+    quantizer = AbsMax(format=format)
+    diagonal = Statistics(hessian=torch.diag(torch.rand(96, generator=torch.Generator().manual_seed(1)).double() + 0.5))
+    gptq = GPTQ().solve(weight, quantizer, diagonal).weight
+    rtn = RTN().solve(weight, quantizer, None).weight
+    assert torch.equal(gptq.dequantize(), rtn.dequantize())
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+def test_beats_rtn_on_correlated_inputs(format):
+    weight, x = problem()
+    quantizer = AbsMax(format=format)
+    rtn = loss(RTN().solve(weight, quantizer, None), weight, x)
+    gptq = loss(GPTQ().solve(weight, quantizer, Statistics(hessian=hessian(x))), weight, x)
+    assert gptq < 0.8 * rtn
+
+
+def test_columns_follow_the_textbook_recursion():
+    """Independent float64 route: after each column, the rest moves by -e H^-1[j, rest] / H^-1[j, j] of the remaining problem."""
+    weight, x = problem(N=5, K=64)
+    quantizer = AbsMax(format=MXFP4, rule="floor")
+    h = hessian(x)
+    h += 0.01 * h.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    w, expected = weight.double().clone(), torch.zeros(5, 64, dtype=torch.float64)
+    for j in range(64):
+        if j % 32 == 0:
+            scale = quantizer.scales(w[:, j : j + 32].float()).block.double()
+        q = MXFP4.element.round((w[:, j : j + 1] / scale).float()).double() * scale
+        expected[:, j] = q[:, 0]
+        inverse = torch.linalg.inv(h[j:, j:])
+        w[:, j:] -= (w[:, j : j + 1] - q) / inverse[0, 0] * inverse[0]
+    got = GPTQ().solve(weight, quantizer, Statistics(hessian=hessian(x))).weight.dequantize()
+    # Ties aside, float32 updates and float64 ones round alike.
+    assert (got.double() == expected).double().mean() > 0.99
+
+
+def test_dead_inputs_are_stored_as_zero():
+    weight, x = problem()
+    x[:, 7] = 0
+    solution = GPTQ().solve(weight, AbsMax(format=MXFP4), Statistics(hessian=hessian(x)))
+    assert solution.notes["dead_columns"] == 1
+    assert (solution.weight.dequantize()[:, 7] == 0).all()
+
+
+def test_singular_hessian_raises_the_damping_and_says_so():
+    weight, _ = problem()
+    direction = torch.randn(1, 96, generator=torch.Generator().manual_seed(2)).double()
+    singular = direction.T @ direction - 1e-2 * torch.eye(96, dtype=torch.float64)
+    solution = GPTQ().solve(weight, AbsMax(format=MXFP4), Statistics(hessian=singular))
+    assert solution.notes["damping"] > 0.01
+    with pytest.raises(ValueError, match="stays singular"):
+        inverse_cholesky(singular - 1e9 * torch.diag(torch.arange(96).double() - 90), 1e-9, torch.zeros(96, dtype=torch.bool))
+
+
+def test_hessian_with_nan_is_an_error():
+    weight, x = problem()
+    x[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        GPTQ().solve(weight, AbsMax(format=MXFP4), Statistics(hessian=hessian(x)))
+
+
+def test_clipped_weight_is_the_target():
+    weight, x = problem()
+    clip = Clip(AbsMax(format=MXFP4), torch.full((24, 3, 2), 0.8))
+    inner = GPTQ().solve(clip.clip(weight), clip.inner, Statistics(hessian=hessian(x))).weight
+    outer = GPTQ().solve(weight, clip, Statistics(hessian=hessian(x))).weight
+    assert torch.equal(inner.codes, outer.codes)
+
+
+def test_inputs_are_left_alone():
+    weight, x = problem()
+    kept, h = weight.clone(), hessian(x)
+    GPTQ().solve(weight, AbsMax(format=MXFP4), Statistics(hessian=h))
+    assert torch.equal(weight, kept)
+    assert torch.equal(h, hessian(x))

@@ -1,0 +1,200 @@
+"""Block quantization: golden cases of the OCP specification and its simulators, laws, the fused kernel, gradients."""
+
+import pytest
+import torch
+
+from microbat.formats.block import BlockFormat
+from microbat.formats.integer import INT4_GROUP, INT8_ROW
+from microbat.formats.microscaling import (
+    MXFP4,
+    MXFP6_E2M3,
+    MXFP6_E3M2,
+    MXFP8_E4M3,
+    MXFP8_E5M2,
+    MXINT8,
+    NVFP4,
+)
+from microbat.formats.packing import pack, unpack
+from microbat.formats.scales import rules_for
+from microbat.quantizers import kernel
+from microbat.quantizers.base import AbsMax, Scales
+
+MX = [MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXFP8_E5M2, MXINT8]
+ALL = [*MX, NVFP4, INT8_ROW, INT4_GROUP]
+WITH_RULES = [(f, r) for f in ALL for r in rules_for(f)]
+
+
+def name(value) -> str:
+    return value.name if isinstance(value, BlockFormat) else str(value)
+
+
+def fake(format, values, rule="floor", width=32):
+    x = torch.zeros(width)
+    x[: len(values)] = torch.tensor(values)
+    return AbsMax(format=format, rule=rule).fake(x)[: len(values)].tolist()
+
+
+def spread(*shape, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=g) * torch.exp(1.5 * torch.randn(*shape, generator=g))
+
+
+def test_g1_mxfp4_ties_to_even():
+    x = [4, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -0.25, -0.75, -1.25, -5]
+    assert fake(MXFP4, x) == [4, 0, 1, 1, 2, 2, 4, 4, -0.0, -1, -1, -4]
+
+
+@pytest.mark.parametrize(("a", "expected"), [(5, 4), (5.01, 6), (6, 6), (6.9, 6), (7, 6), (7.99, 6), (8, 8)])
+def test_g2_mxfp4_saturates_under_floor(a, expected):
+    assert fake(MXFP4, [a, 1, 0.26]) == [expected, 1, 0.5 if a < 8 else 0]
+
+
+@pytest.mark.parametrize(
+    ("format", "amax", "expected"),
+    [(MXFP4, a, s) for a, s in [
+        (4, (1, 1, 1, 1)), (4.5, (1, 1, 1, 2)), (6, (1, 1, 1, 2)), (6.001, (1, 1, 2, 2)),
+        (7, (1, 2, 2, 2)), (7.25, (1, 2, 2, 2)), (7.3, (1, 2, 2, 2)), (8, (2, 2, 2, 2))]]
+    + [(MXFP8_E4M3, a, s) for a, s in [
+        (256, (1, 1, 1, 1)), (448, (1, 1, 1, 2)), (449, (1, 1, 2, 2)), (495, (1, 1, 2, 2)),
+        (496, (1, 2, 2, 2)), (512, (2, 2, 2, 2))]],
+)  # fmt: skip
+def test_g3_g4_scale_of_every_rule(format, amax, expected):
+    x = torch.zeros(32)
+    x[3] = -amax
+    rules = ("floor", "even", "rceil", "ceil")
+    got = tuple(AbsMax(format=format, rule=rule).scales(x).block.item() for rule in rules)
+    assert got == expected
+
+
+def test_g5_to_g7_other_elements():
+    e4m3 = [448, 460, 464, 480, 511, 300, 1, 0.001, 2**-10]
+    assert fake(MXFP8_E4M3, e4m3) == [448] * 5 + [288, 1, 2**-9, 0]
+    assert fake(MXFP8_E4M3, [1.75, 1.9, 1, 0.3]) == [1.75, 1.75, 1, 0.3125]
+    assert fake(MXFP8_E5M2, [1.75, 1.9, 1, 0.3]) == [1.75, 1.75, 1, 0.3125]
+    assert fake(MXFP6_E2M3, [7.5, 7.7, 7.9, 0.06, 0.07, 1.0625, 1.1875]) == [7.5, 7.5, 7.5, 0, 0.125, 1, 1.25]
+    assert fake(MXFP6_E3M2, [28, 30, 31, 0.03, 0.04, 1.125, 1.375]) == [28, 28, 28, 0, 0.0625, 1, 1.5]
+    mxint8 = [1.99, 1.984375, 1, 1 / 128, 3 / 256, -1.999, -0.5]
+    assert fake(MXINT8, mxint8) == [127 / 64, 127 / 64, 1, 0, 1 / 64, -127 / 64, -0.5]
+
+
+def test_g8_edges():
+    assert fake(MXFP4, [0.0]) == [0]
+    assert fake(MXFP4, [2.0**-126, 2.0**-127]) == [2.0**-126, 2.0**-127]
+    assert fake(MXFP4, [2.0**-130, 2.0**-131]) == [0, 0]
+    assert fake(MXFP4, [3e38, 1e38, 1]) == [6 * 2.0**125, 2 * 2.0**125, 0]
+    zero = AbsMax(format=MXFP4, rule="floor").quantize(torch.zeros(32))
+    assert pack(zero)["weight_scale"].item() == 0
+    for bad in (float("inf"), -float("inf"), float("nan")):
+        x = torch.ones(2, 32)
+        x[0, 5] = bad
+        for quantizer in (AbsMax(format=MXFP4, rule=r) for r in ("floor", "even", "mse")):
+            y = quantizer.fake(x)
+            assert y[0].isnan().all()
+            assert torch.equal(y[1], torch.ones(32))
+            assert torch.equal(quantizer.quantize(x).dequantize().isnan(), y.isnan())
+
+
+def test_g9_tail_block_uses_its_real_lanes_alone():
+    x = spread(3, 48)
+    whole = AbsMax(format=MXFP4)
+    assert torch.equal(whole.fake(x)[:, 32:], whole.fake(x[:, 32:]))
+    assert whole.quantize(x).scales.shape == (3, 2)
+
+
+@pytest.mark.parametrize("format", MX, ids=name)
+def test_g10_properties(format):
+    q, x = AbsMax(format=format, rule="floor"), spread(7, 96)
+    y = q.fake(x)
+    assert torch.equal(q.fake(y), y)
+    assert torch.equal(q.fake(x * 2.0**9), y * 2.0**9)
+    assert torch.equal(q.fake(-x), -y)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(q.fake(x[:, :32][:, order]), y[:, :32][:, order])
+    rows = x[:, :32].sort(dim=1).values
+    assert (q.fake(rows).diff(dim=1) >= 0).all()
+
+
+def test_nvfp4_golden_block():
+    """s_g = 1; E4M3 scale 1.125 from amax 6.6 (sheet of NVFP4, golden block)."""
+    x = [0.1, -0.4, 1.3, 2.7, -5.2, 0.6, 3.3, -0.05, 4.9, -1.8, 0.9, 2.2, -3.7, 6.6, -0.3, 1.1]
+    q = AbsMax(format=NVFP4)
+    scales = q.scales_within(torch.tensor(x), torch.tensor(1.0))
+    assert scales.block.item() == 1.125
+    codes = [0, -0.5, 1, 2, -4, 0.5, 3, 0, 4, -1.5, 1, 2, -3, 6, -0.5, 1]
+    assert q.round(torch.tensor(x), Scales(block=scales.block)).tolist() == codes
+
+
+@pytest.mark.parametrize(
+    ("format", "rule", "expected"),
+    [(MXFP4, "floor", 1.321e-2), (MXFP4, "even", 1.251e-2), (MXFP4, "rceil", 1.334e-2), (MXFP4, "ceil", 2.084e-2),
+     (MXFP4, "mse", 1.246e-2), (MXFP8_E4M3, "floor", 8.73e-4), (MXFP8_E4M3, "even", 7.60e-4),
+     (MXFP8_E4M3, "rceil", 7.03e-4), (NVFP4, "absmax", 9.03e-3), (MXFP6_E2M3, "rceil", 8.0e-4),
+     (MXFP6_E3M2, "rceil", 2.79e-3)],
+)  # fmt: skip
+def test_relative_error_on_gaussian_data(format, rule, expected):
+    x = torch.randn(2**14, 64, generator=torch.Generator().manual_seed(0))
+    error = (AbsMax(format=format, rule=rule).fake(x) - x).square().sum() / x.square().sum()
+    assert error.item() == pytest.approx(expected, rel=0.02)
+
+
+def test_mse_rule_is_the_better_of_two_exponents_in_every_block():
+    x = spread(40, 64)
+
+    def error(rule):
+        return (AbsMax(format=MXFP4, rule=rule).fake(x) - x).square().unflatten(-1, (-1, 32)).sum(-1)
+
+    floor, mse = error("floor"), error("mse")
+    assert (mse <= floor).all()
+    assert (mse < floor).any()
+    assert (mse <= error("even")).all()
+
+
+@pytest.mark.parametrize(("format", "rule"), WITH_RULES, ids=name)
+def test_q_law(format, rule):
+    for x in (spread(5, 96), spread(3, 2, 80), spread(5, 96).to(torch.bfloat16), torch.zeros(2, 32)):
+        q = AbsMax(format=format, rule=rule)
+        stored = pack(q.quantize(x))
+        back = unpack(stored, format, x.shape[-1])
+        assert torch.equal(back.dequantize(), q.fake(x))
+        assert back.codes.shape == x.shape
+
+
+@pytest.mark.parametrize("format", ALL, ids=name)
+def test_packed_bytes_are_what_bits_per_element_says(format):
+    q = AbsMax(format=format).quantize(spread(6, 192))
+    stored = sum(t.nbytes for k, t in pack(q).items() if k != "weight_tensor_scale")
+    assert stored == q.nbytes == round(format.bits_per_element((6, 192)) * 6 * 192 / 8)
+
+
+@pytest.mark.parametrize(("format", "rule"), [(MXFP4, "even"), (MXFP4, "mse"), (MXFP8_E4M3, "rceil"), (NVFP4, "absmax")], ids=name)
+def test_fused_kernels_give_the_eager_bits(format, rule):
+    block = format.block
+    x = spread(kernel.EAGER_BELOW // block + 3, block)
+    low, high = (torch.rand(len(x), generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    outer = kernel.tensor_scale(x.abs().amax(), format) if format.has_tensor_scale else None
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    fused = kernel._run(kernel.forward, (x, low, high, outer), format, rule)
+    assert torch.equal(fused, kernel.forward(x, low, high, outer, format=format, rule=rule))
+    fused = kernel._run(kernel.backward, (grad, x, low, high, outer), format, rule)
+    eager = kernel.backward(grad, x, low, high, outer, format=format, rule=rule)
+    for got, expected in zip(fused, eager, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_input_gives_the_same_as_float32():
+    x = spread(4, 64).to(torch.bfloat16)
+    for format in ALL:
+        assert torch.equal(AbsMax(format=format).fake(x), AbsMax(format=format).fake(x.to(torch.float32)))
+
+
+def test_gradient_is_one_inside_and_zero_where_values_saturate():
+    x = torch.zeros(32)
+    x[:4] = torch.tensor([7.5, 1.0, -3.2, 6.4])
+    x.requires_grad_()
+    AbsMax(format=MXFP4, rule="floor").fake(x).sum().backward()
+    assert x.grad.tolist() == [0, 1, 1, 0] + [1] * 28
+
+
+def test_a_rule_that_does_not_fit_names_the_allowed_ones():
+    with pytest.raises(ValueError, match="scale rule 'floor' does not fit format 'int8' .allowed: absmax"):
+        AbsMax(format=INT8_ROW, rule="floor")

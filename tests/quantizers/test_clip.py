@@ -1,0 +1,71 @@
+"""Learnable clipping: no-op at ratio 1, bounds that never cross, gradients against autograd of the written-out formula."""
+
+import torch
+
+from microbat.formats.microscaling import MXFP4
+from microbat.quantizers.base import AbsMax
+from microbat.quantizers.clip import Clip
+
+QUANTIZER = AbsMax(format=MXFP4, rule="floor")
+
+
+def data(*shape, seed=0):
+    return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_ratio_one_is_no_clipping():
+    x = data(5, 96)
+    clip = Clip(QUANTIZER, torch.ones(3, 2))
+    assert torch.equal(clip.fake(x), QUANTIZER.fake(x))
+    assert torch.equal(clip.quantize(x).dequantize(), clip.fake(x))
+
+
+def test_fake_is_quantize_of_the_clipped():
+    x = data(5, 96)
+    ratios = torch.rand(3, 2, generator=torch.Generator().manual_seed(1))
+    clip = Clip(QUANTIZER, ratios)
+    assert torch.equal(clip.fake(x), QUANTIZER.fake(clip.clip(x)))
+    assert torch.equal(clip.quantize(x).dequantize(), clip.fake(x))
+
+
+def test_same_sign_blocks_keep_ordered_bounds():
+    x = data(4, 32).abs() + 1
+    clip = Clip(QUANTIZER, torch.tensor([[0.99, 0.5]]))
+    clipped = clip.clip(x)
+    assert (clipped <= 0.5 * x.amax(-1, keepdim=True)).all()
+    assert (clipped > 0).all()
+
+
+def test_freeze_keeps_the_values():
+    clip = Clip(QUANTIZER, shape=(3,))
+    with torch.no_grad():
+        clip.logits += torch.randn(3, 2, generator=torch.Generator().manual_seed(2))
+    x = data(4, 96)
+    frozen = clip.freeze()
+    assert torch.equal(frozen.fake(x), clip.fake(x))
+    assert not list(frozen.parameters())
+
+
+def test_gradients_equal_those_of_the_formula():
+    """Reference: clip and mask written out with autograd in float64, straight-through rounding, scale held fixed."""
+    x = data(6, 64).to(torch.float64)
+    logits = torch.randn(2, 2, generator=torch.Generator().manual_seed(4)).to(torch.float64)
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(5)).to(torch.float64)
+
+    x1, l1 = x.clone().requires_grad_(), logits.clone().requires_grad_()
+    blocks, ratio = x1.unflatten(-1, (2, 32)), torch.sigmoid(l1)
+    low = (ratio[:, 0] * blocks.amin(-1).clamp(max=0))[..., None]
+    high = (ratio[:, 1] * blocks.amax(-1).clamp(min=0))[..., None]
+    clipped = torch.minimum(torch.maximum(blocks, low), high)
+    scale = QUANTIZER.scales(clipped.detach().flatten(-2).float()).block.to(torch.float64)[..., None]
+    inside = (clipped.abs() <= 6 * scale).to(torch.float64)
+    ((clipped * inside).flatten(-2) * weight).sum().backward()
+
+    clip = Clip(QUANTIZER, shape=(2,))
+    with torch.no_grad():
+        clip.logits.copy_(logits)
+    x2 = x.float().requires_grad_()
+    (clip.fake(x2) * weight.float()).sum().backward()
+    torch.testing.assert_close(x2.grad.double(), x1.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(clip.logits.grad.double(), l1.grad, rtol=1e-4, atol=1e-5)
+    assert (clip.logits.grad != 0).all()
