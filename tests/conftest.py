@@ -12,13 +12,16 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """Byte-level BPE without merges: what every family's tokenizer class can hold."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {"<unk>": 0, "<eos>": 1, **{word: i + 2 for i, word in enumerate(WORDS)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|endoftext|>": 0, **{character: i + 1 for i, character in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
 
 
 def save_model(folder: Path, family: str, **overrides: object) -> Path:
@@ -38,7 +41,7 @@ def save_model(folder: Path, family: str, **overrides: object) -> Path:
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }
     settings = {
-        "vocab_size": 92,
+        "vocab_size": 257,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
@@ -46,7 +49,7 @@ def save_model(folder: Path, family: str, **overrides: object) -> Path:
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
         "tie_word_embeddings": family != "llama",
-        "eos_token_id": 1,
+        "eos_token_id": 0,
         "bos_token_id": None,
     }
     if family == "qwen3":

@@ -25,7 +25,9 @@ def shard_hashes(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize(("method", "solver"), [("rtn", ""), ("gptq", ""), ("batquant", "gptq"), ("batquant", "learned")])
+@pytest.mark.parametrize(
+    ("method", "solver"), [("rtn", ""), ("gptq", ""), ("batquant", "gptq"), ("batquant", "learned")]
+)
 def test_reloaded_folder_computes_what_calibration_saw(tiny, text_file, tmp_path, family, method, solver, monkeypatch):
     """Q-law on the folder: the outputs of every block during calibration equal those of the reloaded model."""
     seen = []
@@ -48,7 +50,13 @@ def test_reloaded_folder_computes_what_calibration_saw(tiny, text_file, tmp_path
     monkeypatch.setattr(pipeline._FolderKeeper, "save", keep)
     settings = {"epochs": 1} if method == "batquant" else {}
     out = microbat.quantize(
-        tiny(family), out=tmp_path / "q", method=method, solver=solver, calibration=str(text_file), settings=settings, **FAST
+        tiny(family),
+        out=tmp_path / "q",
+        method=method,
+        solver=solver,
+        calibration=str(text_file),
+        settings=settings,
+        **FAST,
     )
     model = microbat.load(out)
     for index, block in enumerate(model.model.layers):
@@ -69,9 +77,7 @@ def test_float_function_is_kept_with_quantizers_off(tiny, text_file, tmp_path, m
             return self.codes
 
     monkeypatch.setattr(AbsMax, "fake", lambda self, x, low=None, high=None: x.to(torch.float32))
-    monkeypatch.setattr(
-        AbsMax, "quantize", lambda self, x: Exact(format=self.format, codes=x, scales=torch.empty(0))
-    )
+    monkeypatch.setattr(AbsMax, "quantize", lambda self, x: Exact(format=self.format, codes=x, scales=torch.empty(0)))
     from microbat.calibrate.engine import Job, calibrate
     from microbat.linear import install
     from microbat.methods.batquant import BATQuant
@@ -126,7 +132,9 @@ def test_two_runs_give_equal_bytes_and_a_killed_one_resumes_to_them(tiny, text_f
         "pipeline._FolderKeeper.save = slow\n"
         f"microbat.quantize({str(tiny())!r}, out={str(tmp_path / 'three')!r}, **{options!r})\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
     partial = tmp_path / "three.partial"
     deadline = time.time() + 120
     while not (partial / folders.block_shard(0)).exists():
@@ -143,7 +151,9 @@ def test_two_runs_give_equal_bytes_and_a_killed_one_resumes_to_them(tiny, text_f
 
 
 def test_recipe_reproduces_a_run(tiny, text_file, tmp_path):
-    one = microbat.quantize(tiny(), out=tmp_path / "one", method="gptq", calibration=str(text_file), settings={"damping": 0.05}, **FAST)
+    one = microbat.quantize(
+        tiny(), out=tmp_path / "one", method="gptq", calibration=str(text_file), settings={"damping": 0.05}, **FAST
+    )
     recipe = microbat.Recipe.read(one / "recipe.json")
     assert recipe.settings == {"damping": 0.05}
     two = microbat.run(recipe, tmp_path / "two")
@@ -167,7 +177,9 @@ def test_evaluate_and_report(tiny, text_file, tmp_path):
 
 
 def test_size_is_close_to_the_formats_bits(tiny, text_file, tmp_path):
-    out = microbat.quantize(tiny(), out=tmp_path / "q", method="batquant", calibration=str(text_file), settings={"epochs": 1}, **FAST)
+    out = microbat.quantize(
+        tiny(), out=tmp_path / "q", method="batquant", calibration=str(text_file), settings={"epochs": 1}, **FAST
+    )
     content = json.loads((out / "report.json").read_text())
     stored = sum((out / folders.block_shard(i)).stat().st_size for i in range(2))
     assert all(layer["bits"] == 4.25 for layer in content["layers"])
@@ -185,7 +197,9 @@ def test_other_readers_do_not_take_the_folder_for_a_float_model(tiny, text_file,
 class TestBadInput:
     def fails(self, match: str, tiny, tmp_path, **options):
         with pytest.raises(ValueError, match=match):
-            microbat.quantize(options.pop("model", None) or tiny(), out=options.pop("out", tmp_path / "q"), **{**FAST, **options})
+            microbat.quantize(
+                options.pop("model", None) or tiny(), out=options.pop("out", tmp_path / "q"), **{**FAST, **options}
+            )
         assert not (tmp_path / "q").exists()
 
     def test_unknown_names_suggest_the_nearest(self, tiny, tmp_path):
@@ -193,7 +207,12 @@ class TestBadInput:
         self.fails("unknown solver 'gptk'; did you mean 'gptq'", tiny, tmp_path, solver="gptk")
         self.fails("unknown format 'mxpf4'; did you mean 'mxfp4'", tiny, tmp_path, scheme="W4A4:mxpf4")
         self.fails("unknown setting 'epoch'; did you mean 'epochs'", tiny, tmp_path, settings={"epoch": 3})
-        self.fails("unknown calibration source 'wikitext-2'; did you mean 'wikitext-2-raw'", tiny, tmp_path, calibration="wikitext-2")
+        self.fails(
+            "unknown calibration source 'wikitext-2'; did you mean 'wikitext-2-raw'",
+            tiny,
+            tmp_path,
+            calibration="wikitext-2",
+        )
 
     def test_wrong_types_and_schemes(self, tiny, tmp_path):
         self.fails("setting epochs='many' of batquant", tiny, tmp_path, settings={"epochs": "many"})
@@ -218,13 +237,15 @@ class TestBadInput:
     def test_short_calibration_text(self, tiny, tmp_path):
         file = tmp_path / "short.txt"
         file.write_text("w1 w2 w3")
-        self.fails("has 3 tokens; 8 sequences of 32 need 256", tiny, tmp_path, calibration=str(file))
+        self.fails(r"has \d+ tokens; 8 sequences of 32 need 256", tiny, tmp_path, calibration=str(file))
 
     def test_width_that_does_not_fit_names_layer_and_way_out(self, tmp_path, tiny):
-        from conftest import save_model
+        from tests.conftest import save_model
 
         odd = save_model(tmp_path / "odd", "llama", intermediate_size=80)
-        self.fails(r"mlp.down_proj': K=80 is not a multiple of mxfp4's block of 32.*--ignore", tiny, tmp_path, model=odd)
+        self.fails(
+            r"mlp.down_proj': K=80 is not a multiple of mxfp4's block of 32.*--ignore", tiny, tmp_path, model=odd
+        )
         out = microbat.quantize(odd, out=tmp_path / "ok", method="rtn", ignore=("re:down_proj$",), **FAST)
         microbat.load(out)
 
@@ -243,7 +264,14 @@ class TestBadInput:
         tensors = load_file(broken / "model.safetensors")
         tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
         save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-        self.fails(r"model.layers.1.mlp.up_proj.weight in .* holds NaN or Inf", tiny, tmp_path, model=broken, method="rtn", calibration=str(text_file))
+        self.fails(
+            r"model.layers.1.mlp.up_proj.weight in .* holds NaN or Inf",
+            tiny,
+            tmp_path,
+            model=broken,
+            method="rtn",
+            calibration=str(text_file),
+        )
 
     def test_unknown_family_says_how_to_add_it(self, tiny, tmp_path):
         strange = tmp_path / "strange"

@@ -1,9 +1,9 @@
 """microbat: pretrained models to 4-bit checkpoints (or 2- to 8-bit) that keep their accuracy, with proof of the loss.
 
-    folder = microbat.quantize("Qwen/Qwen3-0.6B", out="qwen-mxfp4")
-    model = microbat.load(folder)
-    numbers = microbat.evaluate({"mxfp4": folder})
-    page = microbat.write_report(folder, numbers)
+folder = microbat.quantize("Qwen/Qwen3-0.6B", out="qwen-mxfp4")
+model = microbat.load(folder)
+numbers = microbat.evaluate({"mxfp4": folder})
+page = microbat.write_report(folder, numbers)
 """
 
 import importlib

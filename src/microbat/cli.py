@@ -56,7 +56,8 @@ def quantize(
     num_calibration_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
     max_seq_length: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A hyper-parameter: key=value, as `microbat list methods` names it.")
+        list[str] | None,
+        typer.Option("--set", help="A hyper-parameter: key=value, as `microbat list methods` names it."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     precision: Annotated[str, typer.Option(help="Of products in calibration: auto, bfloat16, float32.")] = "auto",
@@ -103,10 +104,14 @@ def quantize(
 @app.command("eval")
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Folders or names on the hub; a name=path gives a row its name.")],
-    text: Annotated[str, typer.Option(help="python-docs (comes with Python), a .txt/.raw/.jsonl file, or wikitext-2-raw.")] = "python-docs",
+    text: Annotated[
+        str, typer.Option(help="python-docs (comes with Python), a .txt/.raw/.jsonl file, or wikitext-2-raw.")
+    ] = "python-docs",
     windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 16,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
-    tasks: Annotated[str, typer.Option(help="Benchmarks instead of a text, as piqa,arc_easy (extra: microbat[tasks]).")] = "",
+    tasks: Annotated[
+        str, typer.Option(help="Benchmarks instead of a text, as piqa,arc_easy (extra: microbat[tasks]).")
+    ] = "",
     data: Annotated[Path | None, typer.Option(help="A folder of local jsonl copies of the benchmarks.")] = None,
     limit: Annotated[int | None, typer.Option(help="Items of each benchmark; all when not given.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
@@ -126,8 +131,8 @@ def evaluate(
         else:
             result = pipeline.evaluate(named, text=text, window=window, windows=windows, device=device)
             _print_quality(result)
-            for name, path in named.items():
-                pipeline.attach(path, name, result)
+            for path in named.values():
+                pipeline.attach(path, result)
         if json_out is not None:
             json_out.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -138,7 +143,9 @@ def _named(argument: str) -> tuple[str, str]:
 
 
 def _print_quality(result: dict[str, Any]) -> None:
-    table = Table(title=f"{result['text']}: {result['windows']} windows of {result['window']}, stride {result['stride']}")
+    table = Table(
+        title=f"{result['text']}: {result['windows']} windows of {result['window']}, stride {result['stride']}"
+    )
     for column in ("model", "perplexity", "ratio", "KL (nats)", "top-1 agreement"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in result["rows"]:
@@ -177,7 +184,11 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
         contract = read_contract(folder)
         content = json.loads((folder / "report.json").read_text())
     size = content["bytes"]
-    console.print(f"[bold]{folder}[/]: {content['model']} ({content['family']}), {content['method']} + {content['solver']}, {content['scheme']}", highlight=False)
+    console.print(
+        f"[bold]{folder}[/]: {content['model']} ({content['family']}), "
+        f"{content['method']} + {content['solver']}, {content['scheme']}",
+        highlight=False,
+    )
     for role in ("weights", "activations"):
         stored = contract[role]
         console.print(f"{role}: " + (f"{stored['format']}, scale rule {stored['scale_rule']}" if stored else "float"))
@@ -248,7 +259,9 @@ def _list_families() -> None:
     from microbat.models.base import families
 
     for name, family in families().items():
-        sites = "; ".join(f"{site.name}: {', '.join(c.rsplit('.', 1)[-1] for c in site.consumers)}" for site in family.sites)
+        sites = "; ".join(
+            f"{site.name}: {', '.join(c.rsplit('.', 1)[-1] for c in site.consumers)}" for site in family.sites
+        )
         console.print(f"[bold]{name}[/] ({sites})", highlight=False)
 
 
@@ -259,7 +272,10 @@ def _list_schemes() -> None:
     for text in EXAMPLES:
         scheme = Scheme.parse(text)
         roles = {"weights": scheme.weight, "activations": scheme.activation}
-        console.print(f"[bold]{text}[/]  " + ", ".join(f"{k} {q.format.name if q else 'float'}" for k, q in roles.items()), highlight=False)
+        console.print(
+            f"[bold]{text}[/]  " + ", ".join(f"{k} {q.format.name if q else 'float'}" for k, q in roles.items()),
+            highlight=False,
+        )
 
 
 if __name__ == "__main__":

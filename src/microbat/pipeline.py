@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from microbat.calibrate import data as calibration_data
 from microbat.calibrate.data import Calibration
 from microbat.calibrate.engine import Job, Precision, Record, calibrate, preflight
-from microbat.evaluate.quality import compare
-from microbat.evaluate.text import load_text
-from microbat.evaluate.windows import tokenize
-from microbat.evaluate.windows import windows as cut_windows
+from microbat.evaluation.quality import compare, recovery
+from microbat.evaluation.tasks import check_tasks, run_tasks
+from microbat.evaluation.text import load_text
+from microbat.evaluation.windows import tokenize
+from microbat.evaluation.windows import windows as cut_windows
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
 from microbat.methods.base import Quant
@@ -36,6 +37,7 @@ from microbat.report.page import write_page
 from microbat.runtime.load import load as load_folder
 from microbat.scheme import Scheme
 
+HELD_TOGETHER = 8 << 30  # bytes; models that fit are held together, so that they share the reference's passes
 PICTURED_LAYERS = 3  # activations that the report shows
 RUN_FILE, TOKENS_FILE = "run.json", "calibration.safetensors"
 
@@ -141,8 +143,58 @@ def evaluate(
     tokenizer = tokenizer_of(models[reference])
     cut = cut_windows(tokenize(named.text, tokenizer), window=window, limit=windows)
     loaders = {name: partial(load, path, device=chosen) for name, path in models.items()}
-    result = dataclasses.asdict(compare(loaders, reference, cut))
-    return {"text": named.name, **result}
+    if sum(_float32_bytes(path) for path in models.values()) < HELD_TOGETHER:
+        candidates: dict[str, Any] = {name: loader() for name, loader in loaders.items()}
+    else:
+        candidates = dict(loaders)
+    return {"text": named.name, **dataclasses.asdict(compare(candidates, reference, cut))}
+
+
+def evaluate_tasks(
+    models: Mapping[str, str | Path],
+    tasks: list[str],
+    *,
+    data: Path | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    reference: str = "float",
+) -> dict[str, Any]:
+    """Benchmarks by lm-evaluation-harness for each of ``models``, and each one's recovery against ``reference``."""
+    check_tasks(tasks, data)
+    models = dict(models)
+    if reference not in models:
+        models = {reference: _float_model(next(iter(models.values()))), **models}
+    chosen = _device(device)
+    scores: dict[str, dict[str, Any]] = {}
+    for name, path in models.items():
+        model = load(path, device=chosen)
+        scores[name] = run_tasks(model, tokenizer_of(path), tasks, data=data, limit=limit)
+    headline = {name: {task: _headline(r)[0] for task, r in results.items()} for name, results in scores.items()}
+    return {
+        "reference": reference,
+        "models": {
+            name: {
+                "tasks": {
+                    t: dict(zip(("score", "stderr"), _headline(r), strict=True), **r) for t, r in results.items()
+                },
+                "recovery": recovery(headline[name], headline[reference]),
+            }
+            for name, results in scores.items()
+        },
+    }
+
+
+def _headline(result: dict[str, Any]) -> tuple[float, float]:
+    """A benchmark's one score and its standard error: length-normalised accuracy where it has that."""
+    key = "acc_norm" if result.get("acc_norm") is not None else "acc"
+    return result[key], result[f"{key}_stderr"]
+
+
+def _float32_bytes(model: str | Path) -> int:
+    path = resolve(model)
+    ours = folders.is_microbat_folder(path)
+    checkpoint = Checkpoint(path, index=folders.INDEX) if ours else Checkpoint(path)
+    return 4 * sum(parameter.numel() for parameter in checkpoint.skeleton().parameters())
 
 
 def _float_model(folder: str | Path) -> str:
@@ -202,12 +254,16 @@ def _open_partial(out: Path, recipe: Recipe, checkpoint: Checkpoint) -> Path:
     if partial.exists():
         file = partial / RUN_FILE
         if not file.is_file() or json.loads(file.read_text()) != run:
-            raise ValueError(f"{partial} holds an unfinished run of another recipe or version; remove it or choose another output")
+            raise ValueError(
+                f"{partial} holds an unfinished run of another recipe or version; remove it or choose another output"
+            )
         return partial
     out.parent.mkdir(parents=True, exist_ok=True)
     free, needed = shutil.disk_usage(out.parent).free, checkpoint.nbytes
     if free < needed:
-        raise ValueError(f"{out.parent} has {free / 1e9:.1f} GB free; the checkpoint may take up to {needed / 1e9:.1f} GB")
+        raise ValueError(
+            f"{out.parent} has {free / 1e9:.1f} GB free; the checkpoint may take up to {needed / 1e9:.1f} GB"
+        )
     partial.mkdir()
     folders.write_json(partial / RUN_FILE, run)
     return partial
@@ -317,10 +373,16 @@ def _report(
             "transforms": online_bytes,
             "other": total - code_bytes - online_bytes,
             "total": total,
-            "bf16_total": 2 * (weights + sum(job.checkpoint.tensor(n).numel() for n in job.checkpoint.names if not job.checkpoint.in_block(n))),
+            "bf16_total": 2
+            * (
+                weights
+                + sum(job.checkpoint.tensor(n).numel() for n in job.checkpoint.names if not job.checkpoint.in_block(n))
+            ),
         },
         "layers": layers,
-        "blocks": [{k: v for k, v in dataclasses.asdict(r).items() if k not in ("layers", "activations")} for r in records],
+        "blocks": [
+            {k: v for k, v in dataclasses.asdict(r).items() if k not in ("layers", "activations")} for r in records
+        ],
         "activations": pictures[:PICTURED_LAYERS],
         "seconds": seconds,
         "peak_memory_bytes": _peak_memory(),

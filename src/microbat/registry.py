@@ -27,9 +27,9 @@ def subclasses(package: str, kind: type[T]) -> dict[str, type[T]]:
     found = {}
     for module in modules(package):
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, kind) and value.__module__ == module.__name__:
-                if "name" in vars(value):
-                    found[value.name] = value  # type: ignore[attr-defined]
+            here = isinstance(value, type) and issubclass(value, kind) and value.__module__ == module.__name__
+            if here and "name" in vars(value):
+                found[value.name] = value
     return dict(sorted(found.items()))
 
 

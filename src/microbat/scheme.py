@@ -37,7 +37,9 @@ class Scheme:
         """Read ``W<bits>A<bits>[KV<bits>][:format,...]``; ``scale_rule`` replaces each format's default rule."""
         match = PATTERN.fullmatch(text)
         if match is None:
-            raise ValueError(f"scheme {text!r} is not W<bits>A<bits>[KV<bits>][:format,...], as in {', '.join(EXAMPLES)}")
+            raise ValueError(
+                f"scheme {text!r} is not W<bits>A<bits>[KV<bits>][:format,...], as in {', '.join(EXAMPLES)}"
+            )
         if match["kv"] not in (None, "16"):
             raise ValueError(f"scheme {text!r}: a KV cache of {match['kv']} bits is not supported yet (allowed: KV16)")
         known = formats()

@@ -62,8 +62,12 @@ def probes(element) -> torch.Tensor:
     """Codes, midpoints, the floats beside each, values beyond the range."""
     grid = element.grid.to(torch.float64)
     middle = (grid[1:] + grid[:-1]) / 2
-    points = torch.cat([grid, middle, torch.tensor([element.max * f for f in (1.01, 1.07, 1.5, 3.0)])]).to(torch.float32)
-    beside = torch.cat([torch.nextafter(points, torch.tensor(float("inf"))), torch.nextafter(points, torch.tensor(0.0))])
+    points = torch.cat([grid, middle, torch.tensor([element.max * f for f in (1.01, 1.07, 1.5, 3.0)])]).to(
+        torch.float32
+    )
+    beside = torch.cat(
+        [torch.nextafter(points, torch.tensor(float("inf"))), torch.nextafter(points, torch.tensor(0.0))]
+    )
     points = torch.cat([points, beside])
     return torch.cat([points, -points])
 

@@ -84,7 +84,9 @@ def test_singular_hessian_raises_the_damping_and_says_so():
     solution = GPTQ().solve(weight, AbsMax(format=MXFP4), Statistics(hessian=singular))
     assert solution.notes["damping"] > 0.01
     with pytest.raises(ValueError, match="stays singular"):
-        inverse_cholesky(singular - 1e9 * torch.diag(torch.arange(96).double() - 90), 1e-9, torch.zeros(96, dtype=torch.bool))
+        inverse_cholesky(
+            singular - 1e9 * torch.diag(torch.arange(96).double() - 90), 1e-9, torch.zeros(96, dtype=torch.bool)
+        )
 
 
 def test_hessian_with_nan_is_an_error():

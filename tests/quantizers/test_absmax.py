@@ -166,7 +166,9 @@ def test_packed_bytes_are_what_bits_per_element_says(format):
     assert stored == q.nbytes == round(format.bits_per_element((6, 192)) * 6 * 192 / 8)
 
 
-@pytest.mark.parametrize(("format", "rule"), [(MXFP4, "even"), (MXFP4, "mse"), (MXFP8_E4M3, "rceil"), (NVFP4, "absmax")], ids=name)
+@pytest.mark.parametrize(
+    ("format", "rule"), [(MXFP4, "even"), (MXFP4, "mse"), (MXFP8_E4M3, "rceil"), (NVFP4, "absmax")], ids=name
+)
 def test_fused_kernels_give_the_eager_bits(format, rule):
     block = format.block
     x = spread(kernel.EAGER_BELOW // block + 3, block)

@@ -89,14 +89,20 @@ def test_parameter_counts_of_table_1(transform, expected):
 def test_hadamard_start_is_the_block_hadamard():
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(6))
     fixed = BlockHadamard(width=64, block=32)
-    for transform in (GPK(width=64, block=32, g1=8), NaiveKronecker(width=64, block=32, g1=4), FullBlocks(width=64, block=32)):
+    for transform in (
+        GPK(width=64, block=32, g1=8),
+        NaiveKronecker(width=64, block=32, g1=4),
+        FullBlocks(width=64, block=32),
+    ):
         torch.testing.assert_close(transform(x), fixed(x))
     torch.testing.assert_close(hadamard(32) @ hadamard(32), torch.eye(32))
 
 
 @pytest.mark.parametrize("kind", [GPK, NaiveKronecker])
 def test_orthogonal_start_is_orthogonal_and_seeded(kind):
-    made = [kind(width=64, block=32, g1=8, init="orthogonal", generator=torch.Generator().manual_seed(9)) for _ in range(2)]
+    made = [
+        kind(width=64, block=32, g1=8, init="orthogonal", generator=torch.Generator().manual_seed(9)) for _ in range(2)
+    ]
     blocks = made[0].blocks()
     torch.testing.assert_close(blocks @ blocks.transpose(-1, -2), torch.eye(32).expand(2, -1, -1), rtol=1e-5, atol=1e-5)
     assert torch.equal(made[0].A, made[1].A)

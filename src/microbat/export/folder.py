@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from microbat.formats.block import BlockFormat
@@ -40,7 +39,16 @@ QUANT_METHOD = "microbat"
 SCHEMA_VERSION = 1
 INDEX = "microbat.safetensors.index.json"
 OTHER_SHARD = "microbat-other.safetensors"
-COPIED = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja", "generation_config.json")
+COPIED = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.jinja",
+    "generation_config.json",
+)
 CONVENTION = {
     "transform": "x @ P and W @ P^-T, blocks of P: B^T (x) A",
     "order": "transform, clip, scale, round",
@@ -116,9 +124,7 @@ def _read_site(entry: dict[str, Any], tensors: dict[str, Tensor], formats: dict[
         stored = entry["activation"]
         quantizer = AbsMax(format=pick("format", stored["format"], formats), rule=stored["scale_rule"])
         quantizer = Clip(quantizer, own["clip"]) if "clip" in own else quantizer
-    return QuantSite(
-        name=entry["name"], consumers=tuple(entry["consumers"]), transform=transform, quantizer=quantizer
-    )
+    return QuantSite(name=entry["name"], consumers=tuple(entry["consumers"]), transform=transform, quantizer=quantizer)
 
 
 def transforms() -> dict[str, type[Transform]]:
@@ -133,7 +139,7 @@ def float_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def write_other(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write the shard of everything outside the blocks."""
-    _write_shard(path, tensors, {})
+    _write_shard(path, tensors, None)
 
 
 def finish(
@@ -195,14 +201,18 @@ def online_bytes(folder: Path) -> int:
 def is_microbat_folder(path: Path) -> bool:
     """Whether ``path`` is a finished folder of ours."""
     file = path / "config.json"
-    return file.is_file() and json.loads(file.read_text()).get("quantization_config", {}).get("quant_method") == QUANT_METHOD
+    return (
+        file.is_file()
+        and json.loads(file.read_text()).get("quantization_config", {}).get("quant_method") == QUANT_METHOD
+    )
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def _write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
     from safetensors.torch import save_file
 
     temporary = path.with_suffix(".tmp")
-    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, {"format": "pt", **metadata})
+    # One key of metadata at most: safetensors writes several in an order that changes from run to run.
+    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, metadata)
     os.replace(temporary, path)
 
 
@@ -227,5 +237,3 @@ class _reading:
 
         if isinstance(error, SafetensorError | OSError | KeyError):
             raise ValueError(f"shard {self.path} cannot be read ({error}); is it truncated?") from error
-
-

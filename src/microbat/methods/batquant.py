@@ -16,12 +16,10 @@ recipe as printed. See the fields for each.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import nn
 
 from microbat.methods.base import BlockData, Plan, Preparer, Quant, Solver
 from microbat.methods.learn import Objective, Schedule, train
-from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.transforms.base import Transform
 from microbat.transforms.hadamard import BlockHadamard

@@ -58,7 +58,9 @@ def inverse_cholesky(hessian: Tensor, damping: float, dead: Tensor) -> tuple[Ten
     """Upper Cholesky factor of the damped inverse Hessian, float64 [K, K], and the damping that it took."""
     mean = hessian.diagonal().mean()
     if not torch.isfinite(hessian).all() or mean <= 0:
-        raise ValueError("the Hessian is not finite or is zero: the layer's calibration inputs hold NaN, Inf or nothing")
+        raise ValueError(
+            "the Hessian is not finite or is zero: the layer's calibration inputs hold NaN, Inf or nothing"
+        )
     for attempt in range(DAMPING_TRIES):
         tried = damping * 10**attempt
         damped = hessian + torch.diag(torch.where(dead, mean, tried * mean))

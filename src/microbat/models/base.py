@@ -80,7 +80,9 @@ def resolve(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        return Path(
+            snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+        )
     except Exception as error:  # the hub raises a dozen types: offline, gated, missing
         raise ValueError(f"model {str(model)!r} is no local folder and could not be downloaded: {error}") from error
 
@@ -180,7 +182,9 @@ class Checkpoint:
                 raise ValueError(f"{prefix}.{name} in {self.path} holds NaN or Inf")
         missing = module.load_state_dict(tensors, strict=False, assign=True).missing_keys
         if missing:
-            raise ValueError(f"{self.path} lacks {prefix}.{missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
+            raise ValueError(
+                f"{self.path} lacks {prefix}.{missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1))
+            )
         return module.requires_grad_(False)
 
     def load_head(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:

@@ -1,4 +1,4 @@
-"""Block-wise learnable clipping (BATQuant, section 3.1.2, eq. 3 and 4): thresholds as a learned share of each block's extremes."""
+"""Block-wise learnable clipping (BATQuant, section 3.1.2, eq. 3 and 4): thresholds as a share of each block's extremes."""
 
 # Shapes: K last axis, G blocks along K.
 
@@ -18,6 +18,8 @@ class Clip(nn.Module):
     every token, [N, G, 2] clips each block of a weight on its own. While learning, ``logits`` are the parameter and
     the ratios their sigmoid; :meth:`freeze` turns them into plain numbers.
     """
+
+    fixed_ratios: Tensor
 
     def __init__(self, inner: AbsMax, ratios: Tensor | None = None, *, shape: tuple[int, ...] | None = None):
         super().__init__()

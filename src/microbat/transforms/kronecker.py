@@ -38,6 +38,9 @@ def kron(left: Tensor, right: Tensor) -> Tensor:
 
 
 class _Kronecker(BlockDiagonal):
+    A: Tensor
+    B: Tensor
+
     def __init__(self, *, width: int, block: int, g1: int):
         super().__init__(width=width, block=block)
         if g1 < 1 or block % g1:
@@ -97,9 +100,7 @@ class FullBlocks(BlockDiagonal):
 
     name: ClassVar[str] = "full"
 
-    def __init__(
-        self, *, width: int, block: int, init: Init = "hadamard", generator: torch.Generator | None = None
-    ):
+    def __init__(self, *, width: int, block: int, init: Init = "hadamard", generator: torch.Generator | None = None):
         super().__init__(width=width, block=block)
         self.P = nn.Parameter(initial_matrix(block, init, generator, width // block))
 

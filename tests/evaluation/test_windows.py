@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from microbat.evaluate.windows import tokenize, windows
+from microbat.evaluation.windows import tokenize, windows
 
 
 def test_windows_do_not_overlap_by_default_and_leave_out_the_rest():

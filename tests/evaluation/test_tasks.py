@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from microbat.evaluate.tasks import run_tasks, task_names, write_task_files
+from microbat.evaluation.tasks import run_tasks, task_names, write_task_files
 
 TASKS = ["arc_challenge", "arc_easy", "boolq", "hellaswag", "piqa", "winogrande"]
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -20,10 +20,25 @@ OWN_FILES = {  # of lm-evaluation-harness, below lm_eval/tasks
     "winogrande": "winogrande/default.yaml",
 }
 ARC_ROWS = [
-    {"id": "a", "question": "What is red?", "choices": {"text": ["a cat", "a dog on a rug"], "label": ["A", "B"]}, "answerKey": "B"},
-    {"id": "b", "question": "Who has a hat?", "choices": {"text": ["the cat", "the dog", "red"], "label": ["1", "2", "3"]}, "answerKey": "1"},
-    {"id": "c", "question": "Is it a mat?", "choices": {"text": ["yes it is", "no"], "label": ["A", "B"]}, "answerKey": "A"},
-]  # fmt: skip
+    {
+        "id": "a",
+        "question": "What is red?",
+        "choices": {"text": ["a cat", "a dog on a rug"], "label": ["A", "B"]},
+        "answerKey": "B",
+    },
+    {
+        "id": "b",
+        "question": "Who has a hat?",
+        "choices": {"text": ["the cat", "the dog", "red"], "label": ["1", "2", "3"]},
+        "answerKey": "1",
+    },
+    {
+        "id": "c",
+        "question": "Is it a mat?",
+        "choices": {"text": ["yes it is", "no"], "label": ["A", "B"]},
+        "answerKey": "A",
+    },
+]
 ROWS = {
     "arc_challenge": ARC_ROWS,
     "arc_easy": ARC_ROWS,
@@ -33,9 +48,27 @@ ROWS = {
         {"question": "is the rug red", "answer": False, "label": 0, "passage": "The rug is not red."},
     ],
     "hellaswag": [
-        {"activity_label": "Cats", "ctx_a": "The cat [title] sat [step] on.", "ctx_b": "the dog", "endings": ["is  red", "[header] is a hat", "on a rug", "no"], "label": "3"},
-        {"activity_label": "Dogs", "ctx_a": "The dog sat.", "ctx_b": "", "endings": ["on it", "on a mat", "is a dog [title] red", "yes"], "label": "0"},
-        {"activity_label": "Hats", "ctx_a": "A hat is.", "ctx_b": "it", "endings": ["red", "on", "no", "yes"], "label": "1"},
+        {
+            "activity_label": "Cats",
+            "ctx_a": "The cat [title] sat [step] on.",
+            "ctx_b": "the dog",
+            "endings": ["is  red", "[header] is a hat", "on a rug", "no"],
+            "label": "3",
+        },
+        {
+            "activity_label": "Dogs",
+            "ctx_a": "The dog sat.",
+            "ctx_b": "",
+            "endings": ["on it", "on a mat", "is a dog [title] red", "yes"],
+            "label": "0",
+        },
+        {
+            "activity_label": "Hats",
+            "ctx_a": "A hat is.",
+            "ctx_b": "it",
+            "endings": ["red", "on", "no", "yes"],
+            "label": "1",
+        },
     ],
     "piqa": [
         {"goal": "How is a cat red?", "sol1": "The cat is on a rug.", "sol2": "The cat is on a red rug.", "label": 1},
@@ -47,13 +80,13 @@ ROWS = {
         {"sentence": "The hat is red and _ is not a mat.", "option1": "the mat", "option2": "the hat", "answer": "2"},
         {"sentence": "The dog has a hat so the _ is red.", "option1": "hat", "option2": "dog", "answer": "1"},
     ],
-}  # fmt: skip
+}
 
 
 @pytest.fixture
 def data(tmp_path):
     """A folder of local copies whose name needs quoting in YAML."""
-    folder = tmp_path / "local: \"copies\" {100%} $here"
+    folder = tmp_path / 'local: "copies" {100%} $here'
     for task, rows in ROWS.items():
         (folder / task).mkdir(parents=True)
         (folder / task / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -116,6 +149,7 @@ def test_prompts_and_metrics_are_the_harness_own(task, data, tmp_path):
     for made in built:
         made.build_all_requests(limit=None, rank=0, world_size=1)
     requests, expected = ([(r.doc_id, r.idx, r.arguments) for r in made.instances] for made in built)
+    assert len(requests) >= 2 * len(ROWS[task])
     assert requests == expected
     for kept in (lambda made: made.aggregation().keys(), lambda made: made.higher_is_better()):
         assert kept(built[0]) == kept(built[1])

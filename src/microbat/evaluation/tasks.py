@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-TASK_FILES = "microbat.evaluate.task_files"
+TASK_FILES = "microbat.evaluation.task_files"
 FEWSHOT_SEED = 1234  # lm_eval.defaults.DEFAULT_OTHER_SEED, what its command line uses
 
 
@@ -37,7 +37,8 @@ def run_tasks(
     With ``data``, a folder of local copies, only :func:`task_names` can be asked for and nothing is downloaded; without
     it, any task or group of the harness can, with the harness's own data from the hub. A task reports the metrics it
     has (WinoGrande and BoolQ no acc_norm); ``n`` counts its documents, the first ``limit`` at most. ``num_fewshot``
-    None keeps each task's own number (0 where it has none).
+    None keeps each task's own number (0 where it has none); from local copies the shots are other documents of the same
+    split, where the harness's own tasks draw them from the training split.
     Errors, all before any data or request is prepared: ValueError for unknown tasks, FileNotFoundError for a missing
     copy, ModuleNotFoundError without the extra.
     """
@@ -60,6 +61,12 @@ def run_tasks(
             manager = TaskManager()
             _check_names(tasks, manager.all_tasks)
         return _run(model, tokenizer, manager.load(list(tasks)), limit, batch_size, num_fewshot)
+
+
+def check_tasks(tasks: Sequence[str], data: Path | None) -> None:
+    """Raise, before any model is loaded, for names that have no local copy in the folder ``data``."""
+    if data is not None:
+        _local_copies(tasks, Path(data))
 
 
 def task_names() -> list[str]:

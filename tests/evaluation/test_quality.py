@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from microbat.evaluate import quality
-from microbat.evaluate.quality import compare, perplexity, recovery
-from microbat.evaluate.windows import windows
+from microbat.evaluation import quality
+from microbat.evaluation.quality import compare, perplexity, recovery
+from microbat.evaluation.windows import windows
 
 V, T, W = 101, 23, 5
 
@@ -104,9 +104,7 @@ def test_rows_against_torch_kl_div(tokens, chunk):
 
     logp, logq = (model.logits_VV[cut.tokens_WT[:, :-1]].double().log_softmax(-1) for model in (base, other))
     kl_W = F.kl_div(logq, logp, reduction="none", log_target=True).sum(-1).mean(-1)
-    nll_W, base_W = (
-        -log.gather(-1, cut.tokens_WT[:, 1:, None]).squeeze(-1).mean(-1) for log in (logq, logp)
-    )
+    nll_W, base_W = (-log.gather(-1, cut.tokens_WT[:, 1:, None]).squeeze(-1).mean(-1) for log in (logq, logp))
     top1_W = (logp.argmax(-1) == logq.argmax(-1)).double().mean(-1)
     expected = {"kl": kl_W, "top1": top1_W}
     for name, values in expected.items():
@@ -143,7 +141,10 @@ def test_loaders_give_the_rows_of_modules_and_come_one_at_a_time(tokens):
         return load
 
     expected = compare(models, "base", cut, progress=False)
-    assert compare({"base": models["base"], "one": loader("one"), "two": loader("two")}, "base", cut, progress=False) == expected
+    assert (
+        compare({"base": models["base"], "one": loader("one"), "two": loader("two")}, "base", cut, progress=False)
+        == expected
+    )
     mixed = {"base": lambda: models["base"], "one": loader("one"), "two": models["two"]}
     assert compare(mixed, "base", cut, progress=False) == expected
     assert len(alive) == 3

@@ -83,9 +83,8 @@ def _from_path(source: str) -> NamedText:
         raise ValueError(f"text {source!r} is not a {', '.join(sorted(_READERS))} file")
     near = difflib.get_close_matches(source, _NAMES, n=3)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-    raise ValueError(
-        f"unknown text {source!r}{hint} (names: {', '.join(text_names())}; or the path of a {', '.join(sorted(_READERS))} file)"
-    )
+    kinds = ", ".join(sorted(_READERS))
+    raise ValueError(f"unknown text {source!r}{hint} (names: {', '.join(text_names())}; or the path of a {kinds} file)")
 
 
 def _read_whole(path: Path) -> str:
@@ -107,7 +106,7 @@ def _text_fields(path: Path) -> Iterable[str]:
                 raise ValueError(f"text {str(path)!r}, line {number}: not JSON ({error.msg})") from error
             text = row.get("text") if isinstance(row, dict) else None
             if not isinstance(text, str):
-                raise ValueError(f"text {str(path)!r}, line {number}: no field 'text' with a string")  # noqa: TRY004
+                raise ValueError(f"text {str(path)!r}, line {number}: no field 'text' with a string")
             yield text
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from microbat.evaluate.windows import Windows
+from microbat.evaluation.windows import Windows
 
 CHUNK = 2**24  # float32 elements of [rows, V] at a time: 64 MiB, whatever the vocabulary
 
@@ -25,7 +25,7 @@ Loader = Callable[[], nn.Module]
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """``value`` = exp(``nll``); ``nll`` is the mean over ``tokens`` predictions, in nats; ``stderr`` is that of ``value``."""
+    """``value`` = exp(``nll``), with its ``stderr``; ``nll`` is the mean over ``tokens`` predictions, in nats."""
 
     value: float
     nll: float

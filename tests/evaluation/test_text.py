@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from microbat.evaluate.text import load_text, text_names
+from microbat.evaluation.text import load_text, text_names
 
 
 def test_default_comes_with_python_and_is_always_the_same():
@@ -47,7 +47,7 @@ def test_missing_file_wrong_kind_and_empty_text(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
         load_text(str(tmp_path / "nowhere.txt"))
     (tmp_path / "image.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="is not a .jsonl, .raw, .txt file"):
+    with pytest.raises(ValueError, match=r"is not a \.jsonl, \.raw, \.txt file"):
         load_text(str(tmp_path / "image.png"))
     (tmp_path / "blank.txt").write_text(" \n")
     with pytest.raises(ValueError, match="is empty"):

@@ -53,7 +53,7 @@ def windows(
     """The first ``limit`` full windows of a text that was tokenised once, as a whole.
 
     ``stride`` defaults to ``window``, the standard: windows do not overlap, each predicts its last window - 1 tokens,
-    and a rest shorter than a window is left out. ``limit`` None takes all windows; a text may give fewer than ``limit``.
+    and a rest shorter than a window is left out. ``limit`` None takes all windows; a text may give fewer.
     """
     stride = window if stride is None else stride
     if window < 2:
