@@ -20,14 +20,13 @@ PROMPT = "The capital of France is"
 
 def main() -> None:
     console, started = Console(), time.perf_counter()
-    source = Path(os.environ.get("MODEL") or smollm2())
-    place = OUT / source.name
-    folders = {}
+    model_name = os.environ.get("MODEL") or str(smollm2())
+    place, folders = OUT / Path(model_name).name, {}
     for method in ("rtn", "batquant"):
         folders[method] = place / method
         if not folders[method].exists():
-            microbat.quantize(os.environ.get("MODEL") or source, out=folders[method], method=method, scheme="W4A4KV16")
-    result = microbat.evaluate({"float": os.environ.get("MODEL") or source, **folders}, windows=8)
+            microbat.quantize(model_name, out=folders[method], method=method, scheme="W4A4KV16")
+    result = microbat.evaluate({"float": model_name, **folders}, windows=8)
     page = microbat.write_report(folders["batquant"], result)
 
     table = Table(title=f"MXFP4 W4A4KV16, {result['text']}, {result['windows']} windows of {result['window']} tokens")

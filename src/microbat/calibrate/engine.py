@@ -80,6 +80,11 @@ class _Data:
         self.inputs = self.float_inputs = self.targets = torch.empty(0)
 
     def faked(self, plan: Plan, weights: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        for site in plan.sites:
+            for module in (site.transform, site.activation, *site.weights.values()):
+                if isinstance(module, nn.Module):
+                    module.to(self._runner.job.device)
+
         def function(x: Tensor) -> Tensor:
             with faked(self.block, plan, weights) as block:
                 return self._runner.step(block, x)

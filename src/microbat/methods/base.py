@@ -66,6 +66,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    default_scale_rule: ClassVar[str] = ""  # "": each format's own default
 
 
 class Preparer(Method):

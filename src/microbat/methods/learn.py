@@ -1,8 +1,8 @@
 """The one training loop: a block's quantized output is pulled towards its float output.
 
 AdamW with cosine decay over the calibration sequences (paper, section 4.1.2). The objective is either the paper's mean
-squared error (eq. 5), or ``relative``: each token's squared error over that token's own energy, so that the few tokens
-with massive activations do not own the loss (LOG.md has what that is worth).
+squared error (eq. 5), or relative to each token's own energy, so that the few tokens with massive activations do not own
+the loss (LOG.md has what that is worth).
 """
 
 # Shapes: S sequences, L tokens, K width; a batch is [S, L, K].
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from microbat.methods.base import BlockData
 
 Objective = Literal["mse", "relative", "stream"]
+Inputs = Literal["quantized", "float"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +28,22 @@ class Schedule:
     epochs: int
     batch: int
     objective: Objective
+    inputs: Inputs
     min_lr_ratio: float = 1e-3  # FlatQuant's floor of the cosine
 
 
 def block_loss(output: Tensor, target: Tensor, source: Tensor, given: Tensor, objective: Objective) -> Tensor:
-    """Scalar loss between block outputs [S, L, K]. ``source`` is the float block's input, ``given`` the one at hand."""
+    """Scalar loss between block outputs [S, L, K]; ``source`` is the float block's input, ``given`` what it got.
+
+    ``mse`` is the paper's eq. 5. The others divide each token's squared error by an energy of that token: ``stream`` by
+    its target's, ``relative`` by the block's update plus the error that arrived, the loss of leaving the token as it is.
+    """
     error = (output.to(torch.float32) - target).square().sum(-1)
     if objective == "mse":
         return error.mean() / target.shape[-1]
-    if objective == "stream":
-        return (error / target.square().sum(-1).clamp(min=1e-12)).mean()
-    energy = (target - source).square().sum(-1) + (given - source).square().sum(-1)
+    energy = target.square().sum(-1)
+    if objective == "relative":
+        energy = (target - source).square().sum(-1) + (given - source).square().sum(-1)
     return (error / energy.clamp(min=1e-12)).mean()
 
 
@@ -57,7 +63,8 @@ def train(
     optimizer = torch.optim.AdamW(
         [{"params": parameters, "lr": lr} for parameters, lr in groups], weight_decay=0.0, fused=True
     )
-    num = data.inputs.shape[0]
+    inputs = data.inputs if schedule.inputs == "quantized" else data.float_inputs
+    num = inputs.shape[0]
     steps = schedule.epochs * math.ceil(num / schedule.batch)
     floor = schedule.min_lr_ratio
     cosine = torch.optim.lr_scheduler.LambdaLR(
@@ -66,10 +73,8 @@ def train(
     losses: list[float] = []
     for _ in range(schedule.epochs):
         for rows in torch.randperm(num, generator=data.generator).split(schedule.batch):
-            output = function(data.inputs[rows])
-            loss = block_loss(
-                output, data.targets[rows], data.float_inputs[rows], data.inputs[rows], schedule.objective
-            )
+            output = function(inputs[rows])
+            loss = block_loss(output, data.targets[rows], data.float_inputs[rows], inputs[rows], schedule.objective)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

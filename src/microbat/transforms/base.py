@@ -33,7 +33,7 @@ class Transform(nn.Module, ABC):
     @property
     def num_parameters(self) -> int:
         """Stored numbers (the paper's Table 1)."""
-        return sum(p.numel() for p in (*self.parameters(), *self.buffers()))
+        return sum(tensor.numel() for tensor in self.state_dict().values())
 
 
 class BlockDiagonal(Transform):

@@ -22,12 +22,17 @@ class BlockHadamard(BlockDiagonal):
     """The same Hadamard rotation in every block: I (x) H. Nothing is stored."""
 
     name: ClassVar[str] = "block_hadamard"
+    H: Tensor
+
+    def __init__(self, *, width: int, block: int):
+        super().__init__(width=width, block=block)
+        self.register_buffer("H", hadamard(block), persistent=False)
 
     def settings(self) -> dict[str, Any]:
         return {"width": self.width, "block": self.block}
 
     def blocks(self) -> Tensor:
-        return hadamard(self.block).expand(self.width // self.block, -1, -1)
+        return self.H.expand(self.width // self.block, -1, -1)
 
     def inverse_blocks(self) -> Tensor:
         return self.blocks()
