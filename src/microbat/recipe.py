@@ -21,10 +21,10 @@ class Recipe:
     """Everything that decides a result. Equal recipes on one machine give equal bytes.
 
     ``method`` is a preparer or a solver by name, ``solver`` the last step (empty: the method's own). ``settings`` are
-    hyper-parameters by name; one that method and solver share is written ``method.name``. ``scale_rule`` empty means
-    the method's, or each format's default. ``calibration`` is ``self`` (the model's own generations), a .txt or .jsonl file, or a data
-    set of the hub. ``precision`` is that of the products in calibration: ``auto`` takes bfloat16 where the hardware
-    multiplies it.
+    hyper-parameters by name; one that method and solver share is written ``method.name``. ``scale_rule`` empty means the
+    method's, or each format's default. ``calibration`` is ``self`` (the model's own generations), a .txt or .jsonl file,
+    or a data set of the hub. ``precision`` is that of the products in calibration: ``auto`` takes bfloat16 where the
+    hardware multiplies it.
     """
 
     model: str
