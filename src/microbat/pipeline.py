@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from microbat.calibrate import data as calibration_data
 from microbat.calibrate.data import Calibration
-from microbat.calibrate.engine import Job, Precision, Record, calibrate, measure_importance, preflight
+from microbat.calibrate.engine import Job, Precision, Record, calibrate, preflight
 from microbat.evaluation.quality import compare, recovery
 from microbat.evaluation.tasks import check_tasks, run_tasks
 from microbat.evaluation.text import load_text
@@ -39,7 +39,7 @@ from microbat.scheme import Scheme
 
 HELD_TOGETHER = 8 << 30  # bytes; models that fit are held together, so that they share the reference's passes
 PICTURED_LAYERS = 3  # activations that the report shows
-RUN_FILE, TOKENS_FILE, IMPORTANCE_FILE = "run.json", "calibration.safetensors", "importance.safetensors"
+RUN_FILE, TOKENS_FILE = "run.json", "calibration.safetensors"
 
 
 def quantize(model: str | Path, *, out: str | Path, **fields: Any) -> Path:
@@ -79,8 +79,6 @@ def run(recipe: Recipe, out: str | Path) -> Path:
         precision=_precision(recipe.precision, device),
         device=device,
     )
-    if any(preparer.wants_importance for preparer in preparers):
-        job = dataclasses.replace(job, importance=_importance(job, partial))
     keeper = _FolderKeeper(partial)
     with _progress(f"{recipe.method} {scheme.text}", checkpoint.num_blocks) as progress:
         records = list(calibrate(job, keeper, _picture, progress))
@@ -100,7 +98,7 @@ def run(recipe: Recipe, out: str | Path) -> Path:
         checkpoint.path,
         _contract(scheme),
         {"recipe.json": made, "report.json": report},
-        [partial / RUN_FILE, partial / TOKENS_FILE, *partial.glob(IMPORTANCE_FILE), *keeper.record_files()],
+        [partial / RUN_FILE, partial / TOKENS_FILE, *keeper.record_files()],
     )
     return out
 
@@ -292,25 +290,6 @@ def _calibration(recipe: Recipe, checkpoint: Checkpoint, partial: Path, device: 
         save_file({"tokens": made.tokens}, file.with_suffix(".tmp"))
         os.replace(file.with_suffix(".tmp"), file)
     return Calibration(tokens=load_file(file)["tokens"], source=recipe.calibration)
-
-
-def _importance(job: Job, partial: Path) -> Callable[[int], Tensor]:
-    """Each block's importance root by index, measured once and read back one at a time."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    file = partial / IMPORTANCE_FILE
-    if not file.is_file():
-        with _progress("measuring importance", 1) as progress:
-            roots = measure_importance(job, lambda share: progress(0, share, 0.0))
-        save_file({str(index): root.cpu() for index, root in enumerate(roots)}, file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)
-
-    def read(index: int) -> Tensor:
-        with safe_open(file, framework="pt") as tensors:
-            return tensors.get_tensor(str(index))
-
-    return read
 
 
 def _device(name: str) -> torch.device:

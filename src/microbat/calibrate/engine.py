@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from microbat.calibrate.fake import faked, transformed
-from microbat.calibrate.importance import importance_roots
 from microbat.calibrate.stats import Hessian
 from microbat.linear import QuantBlock, QuantLinear, QuantSite, SiteInput, install
 from microbat.methods.base import Plan, Preparer, Quant, SitePlan, Solver, Statistics
@@ -43,7 +42,6 @@ class Job:
     precision: Precision
     device: torch.device
     batch: int = 4
-    importance: Callable[[int], Tensor] | None = None
 
 
 @dataclass(kw_only=True)
@@ -80,7 +78,6 @@ class _Data:
         self.progress = lambda done, loss: progress(index, done, loss)
         self._runner = runner
         self.inputs = self.float_inputs = self.targets = torch.empty(0)
-        self.importance = None if job.importance is None else job.importance(index).to(job.device)
 
     def faked(self, plan: Plan, weights: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
         for site in plan.sites:
@@ -163,13 +160,6 @@ def calibrate(job: Job, keeper: Keeper, observe: Observer, progress: Progress) -
         blocks[index] = nn.Identity()  # its memory goes; the keeper has what it needs
         progress(index, 1.0, record.error)
         yield record
-
-
-def measure_importance(job: Job, progress: Callable[[float], None]) -> list[Tensor]:
-    """The importance roots of every block of ``job``'s model (:mod:`microbat.calibrate.importance`)."""
-    inputs, arguments = _first_inputs(job, job.checkpoint.skeleton())
-    generator = torch.Generator().manual_seed(job.seed)
-    return importance_roots(job.checkpoint, inputs, _Runner(job, arguments).step, generator, progress)
 
 
 def _quantize_block(job: Job, data: _Data, name: str, observe: Observer) -> tuple[QuantBlock, Record]:

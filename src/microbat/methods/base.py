@@ -51,7 +51,6 @@ class BlockData(Protocol):
     inputs: Tensor
     targets: Tensor
     float_inputs: Tensor
-    importance: Tensor | None
     generator: torch.Generator
     progress: Callable[[float, float], None]
 
@@ -73,15 +72,10 @@ class Method(ABC):
 class Preparer(Method):
     """Decides where and how to transform and clip; leaves the float function of the block as it was.
 
-    ``default_solver`` is the last step that suits it best. ``wants_importance``: whether it reads ``data.importance``, a
-    root [K, K] of what each direction of the block's output matters to the model's prediction.
+    ``default_solver`` is the last step that suits it best.
     """
 
     default_solver: ClassVar[str] = "gptq"
-
-    @property
-    def wants_importance(self) -> bool:
-        return False
 
     @abstractmethod
     def prepare(self, data: BlockData, plan: Plan, solver: "Solver") -> Plan: ...

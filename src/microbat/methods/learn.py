@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from microbat.methods.base import BlockData
 
-Objective = Literal["mse", "relative", "stream", "importance"]
+Objective = Literal["mse", "relative", "stream"]
 Inputs = Literal["quantized", "float"]
 
 
@@ -32,25 +32,19 @@ class Schedule:
     min_lr_ratio: float = 1e-3  # FlatQuant's floor of the cosine
 
 
-def block_loss(
-    output: Tensor, target: Tensor, source: Tensor, given: Tensor, objective: Objective, root: Tensor | None = None
-) -> Tensor:
+def block_loss(output: Tensor, target: Tensor, source: Tensor, given: Tensor, objective: Objective) -> Tensor:
     """Scalar loss between block outputs [S, L, K]; ``source`` is the float block's input, ``given`` what it got.
 
     ``mse`` is the paper's eq. 5. The others divide each token's squared error by an energy of that token: ``stream`` by
     its target's, ``relative`` by the block's update plus the error that arrived, the loss of leaving the token as it is.
-    ``importance`` is ``stream`` with each direction weighed by how much the model's prediction depends on it:
-    |error @ root|^2, ``root`` [K, K].
     """
-    error = output.to(torch.float32) - target
+    error = (output.to(torch.float32) - target).square().sum(-1)
     if objective == "mse":
-        return error.square().mean()
-    if objective == "importance":
-        error = error @ root
+        return error.mean() / target.shape[-1]
     energy = target.square().sum(-1)
     if objective == "relative":
         energy = (target - source).square().sum(-1) + (given - source).square().sum(-1)
-    return (error.square().sum(-1) / energy.clamp(min=1e-12)).mean()
+    return (error / energy.clamp(min=1e-12)).mean()
 
 
 def train(
@@ -80,8 +74,7 @@ def train(
     for _ in range(schedule.epochs):
         for rows in torch.randperm(num, generator=data.generator).split(schedule.batch):
             output = function(inputs[rows])
-            target, source = data.targets[rows], data.float_inputs[rows]
-            loss = block_loss(output, target, source, inputs[rows], schedule.objective, data.importance)
+            loss = block_loss(output, data.targets[rows], data.float_inputs[rows], inputs[rows], schedule.objective)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
