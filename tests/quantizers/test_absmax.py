@@ -1,5 +1,7 @@
 """Block quantization: golden cases of the OCP specification and its simulators, laws, the fused kernel, gradients."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -200,3 +202,12 @@ def test_gradient_is_one_inside_and_zero_where_values_saturate():
 def test_a_rule_that_does_not_fit_names_the_allowed_ones():
     with pytest.raises(ValueError, match="scale rule 'floor' does not fit format 'int8' .allowed: absmax"):
         AbsMax(format=INT8_ROW, rule="floor")
+
+
+@pytest.mark.parametrize("format", ALL, ids=name)
+def test_a_format_that_travelled_between_processes_means_the_same(format):
+    copy, x = pickle.loads(pickle.dumps(format)), spread(3, 64)
+    assert torch.equal(AbsMax(format=copy).fake(x), AbsMax(format=format).fake(x))
+    assert AbsMax(format=copy).rule == AbsMax(format=format).rule
+    stored = pack(AbsMax(format=copy).quantize(x))
+    assert torch.equal(unpack(stored, copy, 64).dequantize(), AbsMax(format=format).fake(x))

@@ -38,7 +38,7 @@ def unpack(tensors: dict[str, Tensor], format: BlockFormat, width: int) -> QTens
     else:
         codes = unpack_bits(tensors["weight_packed"], format.element.bits, width)
     scales = tensors["weight_scale"]
-    scales = E8M0.decode(scales) if format.scale_element is E8M0 else scales.to(torch.float32)
+    scales = E8M0.decode(scales) if format.scale_element.is_power_of_two else scales.to(torch.float32)
     tensor_scale = tensors["weight_tensor_scale"].reshape(()) if format.has_tensor_scale else None
     return QTensor(format=format, codes=codes, scales=scales, tensor_scale=tensor_scale)
 
@@ -69,4 +69,4 @@ def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
 
 
 def _store_scales(scales: Tensor, element: Element) -> Tensor:
-    return E8M0.encode(scales) if element is E8M0 else scales.to(SCALE_DTYPES[element])
+    return E8M0.encode(scales) if element.is_power_of_two else scales.to(SCALE_DTYPES[element])

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from microbat.formats.block import BlockFormat
-from microbat.formats.element import E2M1, E8M0, FLOAT32_BIAS, FLOAT32_MANTISSA_BITS, Element, exponent_of
+from microbat.formats.element import E2M1, FLOAT32_BIAS, FLOAT32_MANTISSA_BITS, Element, exponent_of
 
 MANTISSA_MASK = (1 << FLOAT32_MANTISSA_BITS) - 1
 
@@ -62,12 +62,12 @@ SCALE_RULES = (*POWER_OF_TWO_RULES, "mse", "absmax")
 
 def rules_for(format: BlockFormat) -> tuple[str, ...]:
     """The names of the rules that ``format`` can be used with."""
-    return (*POWER_OF_TWO_RULES, "mse") if format.scale_element is E8M0 else ("absmax",)
+    return (*POWER_OF_TWO_RULES, "mse") if format.scale_element.is_power_of_two else ("absmax",)
 
 
 def default_rule(format: BlockFormat) -> str:
     """The rule that serves best: ``even`` for MXFP4 (within 1 % of the per-block optimum, and what engines compute for
     activations), ``rceil`` where precision is ample and saturation is the larger error."""
-    if format.scale_element is not E8M0:
+    if not format.scale_element.is_power_of_two:
         return "absmax"
-    return "even" if format.element is E2M1 else "rceil"
+    return "even" if format.element == E2M1 else "rceil"

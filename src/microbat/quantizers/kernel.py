@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from microbat.formats.block import BlockFormat
-from microbat.formats.element import E8M0, power_of_two
+from microbat.formats.element import power_of_two
 from microbat.formats.scales import POWER_OF_TWO_RULES
 
 EAGER_BELOW = 1 << 17  # elements; under this a kernel launch costs more than it saves
@@ -36,7 +36,7 @@ def tensor_scale(amax: Tensor, format: BlockFormat) -> Tensor:
 def block_scale(x_GB: Tensor, amax_G: Tensor, outer: Tensor | None, format: BlockFormat, rule: str) -> Tensor:
     """Scale values [G] in the block scale's own format (the outer scale not multiplied in)."""
     element = format.element
-    if format.scale_element is not E8M0:
+    if not format.scale_element.is_power_of_two:
         amax_G = amax_G if outer is None else amax_G / outer
         return format.scale_element.round(amax_G / element.max).clamp(min=MIN_FLOAT_SCALE if outer is not None else 0.0)
     base = POWER_OF_TWO_RULES["floor" if rule == "mse" else rule](amax_G, element).clamp(-127, 127)
@@ -49,7 +49,7 @@ def block_scale(x_GB: Tensor, amax_G: Tensor, outer: Tensor | None, format: Bloc
 
 def round_blocks(x_GB: Tensor, scale_G: Tensor, format: BlockFormat) -> Tensor:
     """Element values [G, B] of ``x / scale``; ``scale`` is the product of all levels."""
-    if format.scale_element is E8M0:
+    if format.scale_element.is_power_of_two:
         return format.element.round(x_GB * scale_G.reciprocal()[..., None])
     return format.element.round(torch.where(scale_G[..., None] == 0, 0.0, x_GB / scale_G[..., None]))
 
