@@ -177,12 +177,39 @@ def test_fused_kernels_give_the_eager_bits(format, rule):
     low, high = (torch.rand(len(x), generator=torch.Generator().manual_seed(s)) for s in (1, 2))
     outer = kernel.tensor_scale(x.abs().amax(), format) if format.has_tensor_scale else None
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
-    fused = kernel._run(kernel.forward, (x, low, high, outer), format, rule)
-    assert torch.equal(fused, kernel.forward(x, low, high, outer, format=format, rule=rule))
-    fused = kernel._run(kernel.backward, (grad, x, low, high, outer), format, rule)
-    eager = kernel.backward(grad, x, low, high, outer, format=format, rule=rule)
-    for got, expected in zip(fused, eager, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    for ratios in ((low, high), (None, None)):
+        fused_y, eager_y = torch.empty_like(x), torch.empty_like(x)
+        fused_scale = kernel._run(kernel.forward, (x, *ratios, outer, fused_y), format, rule)
+        scale = kernel.forward(x, *ratios, outer, eager_y, format=format, rule=rule)
+        assert torch.equal(fused_y, eager_y)
+        assert torch.equal(fused_scale, scale)
+        fused = kernel._run(kernel.backward, (grad, x, *ratios, scale), format, rule)
+        eager = kernel.backward(grad, x, *ratios, scale, format=format, rule=rule)
+        torch.testing.assert_close(fused, eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [3, kernel.EAGER_BELOW // 32])
+def test_a_given_buffer_receives_the_same_values(rows):
+    x = spread(rows, 64).requires_grad_()
+    x.data[0, 3] = float("nan")
+    x.data[1, 40] = -float("inf")
+    q = AbsMax(format=MXFP4)
+    for low in (None, torch.tensor(0.8)):
+        expected = q.fake(x, low, low)
+        for dtype in (torch.float32, torch.bfloat16):
+            out = torch.empty_like(x, dtype=dtype, requires_grad=False)
+            assert q.fake(x, low, low, out=out) is out
+            torch.testing.assert_close(out.to(torch.float32), expected.detach(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_autocast_rounds_to_its_dtype_as_a_matrix_product_would():
+    x = spread(6, 64)
+    for format in ALL:
+        q = AbsMax(format=format)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = q.fake(x)
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got, q.fake(x).to(torch.bfloat16))
 
 
 def test_bfloat16_input_gives_the_same_as_float32():

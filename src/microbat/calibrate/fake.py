@@ -26,7 +26,7 @@ class FakeLinear(nn.Module):
         x = self.site(x)
         with torch.autocast(x.device.type, enabled=False):
             weight = transformed(self.float_weight, self.site.transform)
-            weight = self.quantizer.fake(weight)
+        weight = self.quantizer.fake(weight)
         return nn.functional.linear(x, weight, self.bias)
 
 

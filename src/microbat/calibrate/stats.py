@@ -15,7 +15,8 @@ class Hessian:
 
     def add(self, x: Tensor) -> None:
         x_TK = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        self._sum += (x_TK.T @ x_TK).to(torch.float64)
+        with torch.autocast(x.device.type, enabled=False):
+            self._sum += (x_TK.T @ x_TK).to(torch.float64)
         self._tokens += x_TK.shape[0]
 
     @property

@@ -16,11 +16,7 @@ from torch import Tensor
 
 FLOAT32_MANTISSA_BITS = 23
 FLOAT32_BIAS = 127
-
-
-def normal_power_of_two(exponent: Tensor) -> Tensor:
-    """2**exponent as float32 for int32 exponents in [-126, 127]."""
-    return ((exponent + FLOAT32_BIAS) << FLOAT32_MANTISSA_BITS).view(torch.float32)
+EXPONENT_MASK = 0x7F800000
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -105,11 +101,15 @@ class Element:
             return x.to(torch.bfloat16).to(torch.float32)
         if self.is_fixed_point:
             return torch.round(x * 2.0**self.bias).clamp(-self._max_code, self._max_code) * 2.0**-self.bias
-        magnitude = x.abs()
-        # |x| / step is below 2**(mantissa_bits + 1): exact in float32, so one rounding happens, in torch.round.
-        step_exponent = exponent_of(magnitude).clamp(self.emin, self.emax + 1) - self.mantissa_bits
-        rounded = torch.round(magnitude * normal_power_of_two(-step_exponent)) * normal_power_of_two(step_exponent)
-        return rounded.clamp(max=self.max).copysign(x)
+        # Adding and taking away 2**(e + 23 - mantissa_bits), e the exponent of x, leaves float32 room for exactly
+        # mantissa_bits below it: the hardware's own rounding to nearest even does the work.
+        magnitude = x.abs().clamp(max=self.max)
+        binade = (magnitude.view(torch.int32) & EXPONENT_MASK).clamp(
+            min=(self.emin + FLOAT32_BIAS) << FLOAT32_MANTISSA_BITS
+        )
+        room = (FLOAT32_MANTISSA_BITS - self.mantissa_bits) << FLOAT32_MANTISSA_BITS
+        shift = (binade + room).view(torch.float32)
+        return ((magnitude + shift) - shift).copysign(x)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes (uint8) of values that are on the grid already (as :meth:`round` returns); formats of up to 8 bits."""

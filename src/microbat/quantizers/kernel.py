@@ -65,89 +65,115 @@ def _bounds(x_GB: Tensor, low_G: Tensor, high_G: Tensor) -> tuple[Tensor, Tensor
     return low_G * x_GB.amin(-1).clamp(max=0), high_G * x_GB.amax(-1).clamp(min=0)
 
 
-def _clip_and_scale(
-    x_GB: Tensor, low_G: Tensor, high_G: Tensor, outer: Tensor | None, format: BlockFormat, rule: str
-) -> tuple[Tensor, Tensor]:
-    low, high = _bounds(x_GB, low_G, high_G)
-    clipped = torch.minimum(torch.maximum(x_GB, low[..., None]), high[..., None])
-    scale = block_scale(clipped, torch.maximum(high, -low), outer, format, rule)
-    return clipped, scale
+def _clip(x_GB: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(x_GB, low[..., None]), high[..., None])
 
 
 def forward(
-    x_GB: Tensor, low_G: Tensor, high_G: Tensor, outer: Tensor | None, *, format: BlockFormat, rule: str
+    x_GB: Tensor,
+    low_G: Tensor | None,
+    high_G: Tensor | None,
+    outer: Tensor | None,
+    out_GB: Tensor,
+    *,
+    format: BlockFormat,
+    rule: str,
 ) -> Tensor:
-    """Values [G, B] after clipping, scaling and rounding."""
+    """Write the values [G, B] after clipping, scaling and rounding to ``out_GB``; return the scales [G], all levels.
+
+    No ratios (None), no clipping. That the scales are a result makes the compiler work them out once a block; as an
+    intermediate it would inline them into every vector of the block.
+    """
     x_GB = x_GB.to(torch.float32)
-    clipped, scale = _clip_and_scale(x_GB, low_G, high_G, outer, format, rule)
+    if low_G is None or high_G is None:
+        amax_G = x_GB.abs().amax(-1)
+    else:
+        low, high = _bounds(x_GB, low_G, high_G)
+        x_GB, amax_G = _clip(x_GB, low, high), torch.maximum(high, -low)
+    scale = block_scale(x_GB, amax_G, outer, format, rule)
     scale = scale if outer is None else scale * outer
-    return round_blocks(clipped, scale, format) * scale[..., None]
+    out_GB.copy_(round_blocks(x_GB, scale, format) * scale[..., None])
+    return scale
 
 
 def backward(
     grad_GB: Tensor,
     x_GB: Tensor,
-    low_G: Tensor,
-    high_G: Tensor,
-    outer: Tensor | None,
+    low_G: Tensor | None,
+    high_G: Tensor | None,
+    scale_G: Tensor,
     *,
     format: BlockFormat,
     rule: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to x [G, B] and the clip ratios [G]; everything is recomputed from x."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients with respect to x [G, B], in its dtype, and the clip ratios [G]; ``scale_G`` as ``forward`` returned it."""
+    dtype = x_GB.dtype
     x_GB, grad_GB = x_GB.to(torch.float32), grad_GB.to(torch.float32)
-    clipped, scale = _clip_and_scale(x_GB, low_G, high_G, outer, format, rule)
-    scale = scale if outer is None else scale * outer
+    limit = (scale_G * format.element.max)[..., None]
+    if low_G is None or high_G is None:
+        return torch.where(x_GB.abs() <= limit, grad_GB, 0.0).to(dtype), None, None
     smallest, largest = x_GB.amin(-1).clamp(max=0), x_GB.amax(-1).clamp(min=0)
-    grad_c = torch.where(clipped.abs() <= (scale * format.element.max)[..., None], grad_GB, 0.0)
-    above = x_GB > (high_G * largest)[..., None]
-    below = x_GB < (low_G * smallest)[..., None]
+    low, high = low_G * smallest, high_G * largest
+    grad_c = torch.where(_clip(x_GB, low, high).abs() <= limit, grad_GB, 0.0)
+    above, below = x_GB > high[..., None], x_GB < low[..., None]
     grad_high = torch.where(above, grad_c, 0.0).sum(-1)
     grad_low = torch.where(below, grad_c, 0.0).sum(-1)
     grad_x = torch.where(above | below, 0.0, grad_c)
     # The bound follows the block's extreme: the lane that holds it carries the rest of the gradient.
     grad_x = grad_x + torch.where(x_GB == largest[..., None], (grad_high * high_G)[..., None], 0.0)
     grad_x = grad_x + torch.where(x_GB == smallest[..., None], (grad_low * low_G)[..., None], 0.0)
-    return grad_x, grad_low * smallest, grad_high * largest
+    return grad_x.to(dtype), grad_low * smallest, grad_high * largest
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_GB, low_G, high_G, outer, format, rule):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x_GB, low_G, high_G, outer)
+    def forward(ctx, x_GB, low_G, high_G, outer, out_GB, format, rule):  # type: ignore[no-untyped-def]
+        scale_G = _run(forward, (x_GB, low_G, high_G, outer, out_GB), format, rule)
+        ctx.save_for_backward(x_GB, low_G, high_G, scale_G)
         ctx.format, ctx.rule = format, rule
-        return _run(forward, (x_GB, low_G, high_G, outer), format, rule)
+        ctx.mark_dirty(out_GB)
+        return out_GB
 
     @staticmethod
     def backward(ctx, grad_GB):  # type: ignore[no-untyped-def]
-        x_GB, low_G, high_G, outer = ctx.saved_tensors
-        grads = _run(backward, (grad_GB.contiguous(), x_GB, low_G, high_G, outer), ctx.format, ctx.rule)
-        return grads[0].to(x_GB.dtype), grads[1], grads[2], None, None, None
+        grads = _run(backward, (grad_GB.contiguous(), *ctx.saved_tensors), ctx.format, ctx.rule)
+        return *grads, None, None, None, None
 
 
 def fake_quantize(
-    x_GB: Tensor, low_G: Tensor, high_G: Tensor, outer: Tensor | None, *, format: BlockFormat, rule: str
+    x_GB: Tensor,
+    low_G: Tensor | None,
+    high_G: Tensor | None,
+    outer: Tensor | None,
+    out_GB: Tensor,
+    *,
+    format: BlockFormat,
+    rule: str,
 ) -> Tensor:
-    """Fused :func:`forward` with the straight-through gradient; float32 [G, B], contiguous."""
-    return _FakeQuantize.apply(x_GB, low_G, high_G, outer, format, rule)
+    """Fused :func:`forward` into ``out_GB``, rounded to its dtype, with the straight-through gradient."""
+    return _FakeQuantize.apply(x_GB, low_G, high_G, outer, out_GB, format, rule)
 
 
+@torch.no_grad()
 def _run(function: Callable, tensors: tuple, format: BlockFormat, rule: str):  # type: ignore[no-untyped-def]
     if tensors[0].numel() < EAGER_BELOW or not _can_compile():
         return function(*tensors, format=format, rule=rule)
+    tensors = tuple(tensor if tensor is None else tensor.detach() for tensor in tensors)
     for tensor in tensors:
         if tensor is not None and tensor.dim():
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return _compiled(function, format, rule)(*tensors)
+    dtypes = tuple("" if tensor is None else str(tensor.dtype) for tensor in tensors)
+    return _compiled(function, format, rule, dtypes)(*tensors)
 
 
 @functools.cache
-def _compiled(function: Callable, format: BlockFormat, rule: str) -> Callable:
+def _compiled(function: Callable, format: BlockFormat, rule: str, dtypes: tuple[str, ...]) -> Callable:
     def kernel(*tensors):  # type: ignore[no-untyped-def]
         return function(*tensors, format=format, rule=rule)
 
     # A code object of its own: torch.compile counts recompilations per code object and gives up after a few.
-    kernel.__code__ = kernel.__code__.replace(co_name=f"{function.__name__}_{format.name}_{rule}")
+    name = "_".join((function.__name__, format.name, rule, *dtypes))
+    kernel.__code__ = kernel.__code__.replace(co_name=name)
     return torch.compile(kernel)
 
 
