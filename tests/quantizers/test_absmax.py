@@ -185,7 +185,7 @@ def test_fused_kernels_give_the_eager_bits(format, rule):
         assert torch.equal(fused_scale, scale)
         fused = kernel._run(kernel.backward, (grad, x, *ratios, scale), format, rule)
         eager = kernel.backward(grad, x, *ratios, scale, format=format, rule=rule)
-        torch.testing.assert_close(fused, eager, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-4)  # sums in another order
 
 
 @pytest.mark.parametrize("rows", [3, kernel.EAGER_BELOW // 32])
@@ -218,12 +218,13 @@ def test_bfloat16_input_gives_the_same_as_float32():
         assert torch.equal(AbsMax(format=format).fake(x), AbsMax(format=format).fake(x.to(torch.float32)))
 
 
-def test_gradient_is_one_inside_and_zero_where_values_saturate():
+def test_gradient_is_one_inside_and_the_scale_s_where_values_saturate():
     x = torch.zeros(32)
     x[:4] = torch.tensor([7.5, 1.0, -3.2, 6.4])
     x.requires_grad_()
     AbsMax(format=MXFP4, rule="floor").fake(x).sum().backward()
-    assert x.grad.tolist() == [0, 1, 1, 0] + [1] * 28
+    through_the_scale = ((6 + 1 - 3 + 6) - (1 - 3.2)) / 7.5  # sum of dL/dy y - dL/dc c, over amax
+    assert x.grad.tolist() == pytest.approx([through_the_scale, 1, 1, 0] + [1] * 28)
 
 
 def test_a_rule_that_does_not_fit_names_the_allowed_ones():

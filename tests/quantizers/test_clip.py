@@ -1,5 +1,6 @@
 """Learnable clipping: no-op at ratio 1, bounds that never cross, gradients against autograd of the written-out formula."""
 
+import pytest
 import torch
 
 from microbat.formats.microscaling import MXFP4
@@ -47,7 +48,7 @@ def test_freeze_keeps_the_values():
 
 
 def test_gradients_equal_those_of_the_formula():
-    """Reference: clip and mask written out with autograd in float64, straight-through rounding, scale held fixed."""
+    """Reference: clip, scale and mask with autograd in float64, straight-through roundings of values and scale."""
     x = data(6, 64).to(torch.float64)
     logits = torch.randn(2, 2, generator=torch.Generator().manual_seed(4)).to(torch.float64)
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(5)).to(torch.float64)
@@ -57,9 +58,14 @@ def test_gradients_equal_those_of_the_formula():
     low = (ratio[:, 0] * blocks.amin(-1).clamp(max=0))[..., None]
     high = (ratio[:, 1] * blocks.amax(-1).clamp(min=0))[..., None]
     clipped = torch.minimum(torch.maximum(blocks, low), high)
-    scale = QUANTIZER.scales(clipped.detach().flatten(-2).float()).block.to(torch.float64)[..., None]
-    inside = (clipped.abs() <= 6 * scale).to(torch.float64)
-    ((clipped * inside).flatten(-2) * weight).sum().backward()
+    amax = torch.maximum(high, -low)
+    exact = QUANTIZER.scales(clipped.detach().flatten(-2).float()).block.to(torch.float64)[..., None]
+    scale = amax * (exact / amax).detach()
+    units = (clipped / scale).clamp(-6, 6)
+    rounded = QUANTIZER.format.element.round((clipped / exact).detach().float()).to(torch.float64)
+    y = scale * (units + (rounded - units).detach())
+    assert (clipped.abs() > 6 * exact).any()
+    (y.flatten(-2) * weight).sum().backward()
 
     clip = Clip(QUANTIZER, shape=(2,))
     with torch.no_grad():
@@ -69,3 +75,16 @@ def test_gradients_equal_those_of_the_formula():
     torch.testing.assert_close(x2.grad.double(), x1.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(clip.logits.grad.double(), l1.grad, rtol=1e-4, atol=1e-5)
     assert (clip.logits.grad != 0).all()
+
+
+@pytest.mark.parametrize("rule", ["floor", "ceil", "even", "rceil", "mse"])
+@pytest.mark.parametrize("ratios", [None, (0.7, 0.9), (1.0, 1.0)])
+def test_the_gradient_is_homogeneous(rule, ratios):
+    """Scaling a block scales its values: Euler's sum x dL/dx = sum y dL/dy in every block."""
+    x = data(6, 64, seed=7).requires_grad_()
+    grad = data(6, 64, seed=8)
+    low, high = (None, None) if ratios is None else (torch.tensor(r) for r in ratios)
+    y = AbsMax(format=MXFP4, rule=rule).fake(x, low, high)
+    y.backward(grad)
+    by_input, by_output = ((a * b).unflatten(-1, (2, 32)).sum(-1) for a, b in ((x, x.grad), (y, grad)))
+    torch.testing.assert_close(by_input, by_output, rtol=1e-4, atol=1e-4)

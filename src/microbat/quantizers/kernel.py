@@ -7,8 +7,12 @@ without a compiler run the same functions eagerly, with the same bits. Per block
     high = r_high * max(max x, 0),  low = r_low * min(min x, 0),  c = clip(x, low, high)
     s = scale rule(max(high, -low)),  y = s * round(c / s)
 
-Gradient (sheet C5: mask and detach): dy/dc is 1 where |c| <= s * element.max and 0 where it saturates; the scale is
-held fixed; a clipped lane passes its gradient to the bound, from there to the ratio and to the lane with the extreme.
+Gradient: roundings pass it straight through, that of the scale as well, so that s grows in proportion to the block's
+clipped amax: with c = s u, dy = s du where |u| <= element.max, and dy = (y - c) ds / s besides. Thus the quantizer is
+homogeneous to its gradient as it is to its values: sum x dL/dx = sum y dL/dy, per block. With the scale held fixed it is
+not: the gradient then pretends that a larger weight has a smaller relative error, transforms drift until they explode,
+and clips never see what a finer scale gains (LOG.md). A clipped lane passes its gradient to the bound, and a bound to
+its ratio and to the lane with the extreme.
 """
 
 # Shapes: G blocks, B block size.
@@ -109,20 +113,23 @@ def backward(
     """Gradients with respect to x [G, B], in its dtype, and the clip ratios [G]; ``scale_G`` as ``forward`` returned it."""
     dtype = x_GB.dtype
     x_GB, grad_GB = x_GB.to(torch.float32), grad_GB.to(torch.float32)
-    limit = (scale_G * format.element.max)[..., None]
-    if low_G is None or high_G is None:
-        return torch.where(x_GB.abs() <= limit, grad_GB, 0.0).to(dtype), None, None
     smallest, largest = x_GB.amin(-1).clamp(max=0), x_GB.amax(-1).clamp(min=0)
+    clips = low_G is not None and high_G is not None
+    low_G, high_G = (torch.ones_like(scale_G) if ratio is None else ratio for ratio in (low_G, high_G))
     low, high = low_G * smallest, high_G * largest
-    grad_c = torch.where(_clip(x_GB, low, high).abs() <= limit, grad_GB, 0.0)
+    clipped, amax = _clip(x_GB, low, high), torch.maximum(high, -low)
+    grad_c = torch.where(clipped.abs() <= (scale_G * format.element.max)[..., None], grad_GB, 0.0)
+    y = round_blocks(clipped, scale_G, format) * scale_G[..., None]
+    grad_amax = torch.where(amax > 0, (grad_GB * y - grad_c * clipped).sum(-1) / amax, 0.0)
     above, below = x_GB > high[..., None], x_GB < low[..., None]
-    grad_high = torch.where(above, grad_c, 0.0).sum(-1)
-    grad_low = torch.where(below, grad_c, 0.0).sum(-1)
+    grad_high = torch.where(above, grad_c, 0.0).sum(-1) + torch.where(high >= -low, grad_amax, 0.0)
+    grad_low = torch.where(below, grad_c, 0.0).sum(-1) - torch.where(high >= -low, 0.0, grad_amax)
+    # The bounds follow the block's extremes: the lanes that hold those carry the bounds' gradient.
     grad_x = torch.where(above | below, 0.0, grad_c)
-    # The bound follows the block's extreme: the lane that holds it carries the rest of the gradient.
     grad_x = grad_x + torch.where(x_GB == largest[..., None], (grad_high * high_G)[..., None], 0.0)
     grad_x = grad_x + torch.where(x_GB == smallest[..., None], (grad_low * low_G)[..., None], 0.0)
-    return grad_x.to(dtype), grad_low * smallest, grad_high * largest
+    grad_ratios = (grad_low * smallest, grad_high * largest) if clips else (None, None)
+    return grad_x.to(dtype), *grad_ratios
 
 
 class _FakeQuantize(torch.autograd.Function):
