@@ -222,6 +222,9 @@ class TestBadInput:
         self.fails("does not fit format 'nvfp4'", tiny, tmp_path, scheme="W4A4:nvfp4", scale_rule="floor")
         self.fails("leaves weights in 16 bits", tiny, tmp_path, scheme="W16A4")
 
+    def test_learned_rounding_needs_something_that_trains(self, tiny, tmp_path):
+        self.fails("'learned' needs a method that trains", tiny, tmp_path, method="learned")
+
     def test_output_exists(self, tiny, tmp_path):
         (tmp_path / "there").mkdir()
         self.fails("exists", tiny, tmp_path, out=tmp_path / "there")

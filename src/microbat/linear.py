@@ -30,7 +30,6 @@ class SiteInput(nn.Module):
     ):
         super().__init__()
         self.transform = transform
-        self.clip = quantizer if isinstance(quantizer, Clip) else None
         self.quantizer = quantizer
         self.num_consumers = num_consumers
         self._source: weakref.ref[Tensor] | None = None

@@ -78,7 +78,11 @@ class Recipe:
             classes = [chosen, pick("solver", self.solver or chosen.default_solver, solvers)]
         arguments = _assign(self.settings, classes)
         built = [kind(**arguments[kind.name]) for kind in classes]
-        return tuple(m for m in built if isinstance(m, Preparer)), next(m for m in built if isinstance(m, Solver))
+        preparers = tuple(m for m in built if isinstance(m, Preparer))
+        solver = next(m for m in built if isinstance(m, Solver))
+        if solver.weight_lr is not None and not preparers:
+            raise ValueError(f"{self.method!r} needs a method that trains: --method batquant --solver {self.method}")
+        return preparers, solver
 
 
 def methods() -> dict[str, type[Method]]:

@@ -57,9 +57,6 @@ class BlockData(Protocol):
     def faked(self, plan: Plan, weights: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
         """The block as a differentiable function that quantizes by ``plan``, with ``weights`` in its linear layers."""
 
-    def recompute_targets(self, inputs: Tensor) -> Tensor:
-        """The float block's outputs [S, L, K]."""
-
 
 class Method(ABC):
     """Something with a name that users type and typed hyper-parameters."""
@@ -97,7 +94,9 @@ class Solution:
 
 
 class Solver(Method):
-    """Picks the codes of one weight. ``needs`` names the statistics of the layer's quantized input that it wants."""
+    """Picks the codes of one weight. ``needs`` names the statistics of the layer's quantized input that it wants;
+    ``weight_lr``, in units of each weight's root mean square, asks a preparer to train the weights along with its own
+    parameters."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     weight_lr: ClassVar[float | None] = None

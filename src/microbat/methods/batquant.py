@@ -33,6 +33,7 @@ Kind = Literal["gpk", "naive_kron", "full", "hadamard", "none"]
 class BATQuant(Preparer):
     name: ClassVar[str] = "batquant"
     summary: ClassVar[str] = "learned block-wise affine transforms and clipping"
+    default_solver: ClassVar[str] = "learned"
 
     transform: Kind = "gpk"
     g: int = 0  # transform block; 0: the format's (section 4.3.2: alignment is best)
@@ -42,8 +43,8 @@ class BATQuant(Preparer):
     clip: bool = True
     clip_lr: float = 2e-2  # unstated; 10 x the paper's rate, as FlatQuant
     weight_clip: bool = True
-    epochs: int = 5  # sec. 4.1.2
-    batch: int = 4  # sec. 4.1.2
+    epochs: int = 3
+    batch: int = 1  # more steps serve better than larger ones; the paper's is 4
     objective: Objective = "relative"  # the paper's mse fails on massive activations, LOG.md
     inputs: Inputs = "quantized"  # each block learns to undo what the blocks before it lost; the paper's are float
 

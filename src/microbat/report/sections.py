@@ -64,7 +64,8 @@ def errors(report: dict) -> str:
     )
     how = (
         "Each point is one layer: the energy of its error relative to the energy of its float values; "
-        "lower is better, the axis is logarithmic. Click a name in the legend to hide it."
+        "lower is better, the axis is logarithmic. Click a name in the legend to hide it. After a whole block: the energy "
+        "of the distance between the quantized and the float model's hidden state over that of the latter, mean over tokens."
     )
     if worst:
         how += f" The largest output error is {number(worst['output_error'], 3)}, in {worst.get('name')}."
