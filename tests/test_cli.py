@@ -1,11 +1,14 @@
 """The command line end to end: verbs, listings, errors on one line with exit code 2."""
 
+import dataclasses
 import json
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from microbat.cli import app
+from microbat.recipe import Recipe
 
 FAST = ["--num-calibration-samples", "8", "--max-seq-length", "32", "--precision", "float32"]
 
@@ -91,3 +94,10 @@ def test_errors_are_one_line(tiny, tmp_path):
 def test_help_teaches():
     assert "Example:" in run("quantize", "--help")
     assert "Example:" in run("eval", "--help")
+
+
+def test_defaults_of_the_command_are_those_of_the_recipe():
+    defaults = {p.name: p.default for p in get_command(app).commands["quantize"].params}
+    for field in dataclasses.fields(Recipe):
+        if field.name not in ("model", "settings", "ignore"):
+            assert defaults[field.name] == field.default, field.name

@@ -53,7 +53,7 @@ def quantize(
     calibration: Annotated[
         str, typer.Option(help="`self` (the model's own text), a .txt or .jsonl file, or a data set of the hub.")
     ] = "self",
-    num_calibration_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
+    num_calibration_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
     max_seq_length: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
     set_: Annotated[
         list[str] | None,

@@ -34,7 +34,7 @@ class Recipe:
     scale_rule: str = ""
     ignore: tuple[str, ...] = ()
     calibration: str = "self"
-    num_calibration_samples: int = 32
+    num_calibration_samples: int = 64
     max_seq_length: int = 512
     settings: dict[str, Any] = field(default_factory=dict)
     seed: int = 0

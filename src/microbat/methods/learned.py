@@ -19,7 +19,7 @@ class Learned(Solver):
     name: ClassVar[str] = "learned"
     summary: ClassVar[str] = "weights trained along with the transforms, then rounded to nearest"
 
-    lr: float = 1e-2  # AdamW, in units of each weight's root mean square; LOG.md has the sweep
+    lr: float = 5e-3  # AdamW, in units of each weight's root mean square; LOG.md has the sweep
 
     @property
     def weight_lr(self) -> float:  # type: ignore[override]
