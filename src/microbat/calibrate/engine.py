@@ -240,11 +240,22 @@ def _solve(
     return sites, codes, notes
 
 
+class _Seen(Exception):
+    """Raised where a block need not run any further."""
+
+
 def _hessian(data: _Data, site: SiteInput, path: str) -> Tensor:
-    """X^T X / T of a site's quantized activation over the quantized stream."""
+    """X^T X / T of a site's quantized activation over the quantized stream; the block runs as far as the site."""
     hessian = Hessian(data.block.get_submodule(path).weight.shape[1], data.inputs.device)
-    with _watch(site, lambda inputs, output: hessian.add(output), once=True):
-        data._runner.run(data.block, data.inputs)
+
+    def see(inputs: tuple, output: Tensor) -> None:
+        hessian.add(output)
+        raise _Seen
+
+    with _watch(site, see):
+        for rows in data.inputs.split(data._runner.job.batch):
+            with contextlib.suppress(_Seen):
+                data._runner.step(data.block, rows)
     return hessian.mean
 
 
@@ -323,14 +334,11 @@ def _first_inputs(job: Job, model: nn.Module) -> tuple[Tensor, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _watch(module: nn.Module, see: Callable[[tuple, Tensor], Any], once: bool = False) -> Iterator[None]:
-    """Call ``see(inputs, output)`` at every call of ``module``; with ``once``, once per new input tensor."""
-    last: list[Tensor | None] = [None]
+def _watch(module: nn.Module, see: Callable[[tuple, Tensor], Any]) -> Iterator[None]:
+    """Call ``see(inputs, output)`` at every call of ``module``."""
 
     def hook(_: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if not once or last[0] is not inputs[0]:
-            see(inputs, output)
-        last[0] = inputs[0]
+        see(inputs, output)
 
     handle = module.register_forward_hook(hook)
     try:
