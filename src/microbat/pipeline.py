@@ -28,8 +28,9 @@ from microbat.evaluation.windows import tokenize
 from microbat.evaluation.windows import windows as cut_windows
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
-from microbat.methods.base import Quant
+from microbat.methods.base import ModelData, Preparer, Quant
 from microbat.models.base import Checkpoint, resolve
+from microbat.models.rotation import RotatedCheckpoint, Rotation
 from microbat.quantizers.clip import Clip
 from microbat.recipe import Recipe, describe, to_json
 from microbat.report.activations import activation_record
@@ -39,7 +40,7 @@ from microbat.scheme import Scheme
 
 HELD_TOGETHER = 8 << 30  # bytes; models that fit are held together, so that they share the reference's passes
 PICTURED_LAYERS = 3  # activations that the report shows
-RUN_FILE, TOKENS_FILE = "run.json", "calibration.safetensors"
+RUN_FILE, TOKENS_FILE, ROTATION_FILE = "run.json", "calibration.safetensors", "rotation.safetensors"
 
 
 def quantize(model: str | Path, *, out: str | Path, **fields: Any) -> Path:
@@ -69,6 +70,12 @@ def run(recipe: Recipe, out: str | Path) -> Path:
     partial = _open_partial(out, recipe, checkpoint)
     device = _device(recipe.device)
     calibration = _calibration(recipe, checkpoint, partial, device)
+    checkpoint = _rotated(
+        checkpoint,
+        preparers,
+        ModelData(checkpoint=checkpoint, tokens=calibration.tokens, scheme=scheme, seed=recipe.seed, device=device),
+        partial,
+    )
     job = Job(
         checkpoint=checkpoint,
         scheme=scheme,
@@ -95,10 +102,10 @@ def run(recipe: Recipe, out: str | Path) -> Path:
     folders.finish(
         partial,
         out,
-        checkpoint.path,
+        checkpoint,
         _contract(scheme),
         {"recipe.json": made, "report.json": report},
-        [partial / RUN_FILE, partial / TOKENS_FILE, *keeper.record_files()],
+        [partial / RUN_FILE, partial / TOKENS_FILE, *partial.glob(ROTATION_FILE), *keeper.record_files()],
     )
     return out
 
@@ -290,6 +297,23 @@ def _calibration(recipe: Recipe, checkpoint: Checkpoint, partial: Path, device: 
         save_file({"tokens": made.tokens}, file.with_suffix(".tmp"))
         os.replace(file.with_suffix(".tmp"), file)
     return Calibration(tokens=load_file(file)["tokens"], source=recipe.calibration)
+
+
+def _rotated(checkpoint: Checkpoint, preparers: tuple[Preparer, ...], data: ModelData, partial: Path) -> Checkpoint:
+    """The checkpoint as the preparers want it rotated: as the interrupted run had it, or decided now."""
+    from safetensors.torch import load_file, save_file
+
+    file = partial / ROTATION_FILE
+    for preparer in preparers:
+        if not file.is_file():
+            rotation = preparer.rotation(data)
+            if rotation is None:
+                continue
+            tensors = {k: t for k, t in dataclasses.asdict(rotation).items() if t is not None}
+            save_file(tensors, file.with_suffix(".tmp"))
+            os.replace(file.with_suffix(".tmp"), file)
+        return RotatedCheckpoint(checkpoint, Rotation(**load_file(file)))
+    return checkpoint
 
 
 def _device(name: str) -> torch.device:

@@ -73,7 +73,7 @@ class _Data:
     """One block's data, as methods see it (:class:`microbat.methods.base.BlockData`)."""
 
     def __init__(self, job: Job, index: int, block: nn.Module, runner: "_Runner", progress: Progress):
-        self.index, self.block = index, block
+        self.index, self.block, self.head_dim = index, block, job.checkpoint.head_dim
         self.generator = torch.Generator().manual_seed(job.seed * 1_000_003 + index)
         self.progress = lambda done, loss: progress(index, done, loss)
         self._runner = runner

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from microbat.formats.block import BlockFormat
 from microbat.formats.packing import pack, unpack
 from microbat.linear import QuantBlock, QuantSite
+from microbat.models.base import Checkpoint
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.registry import instances, pick, subclasses
@@ -145,7 +146,7 @@ def write_other(path: Path, tensors: dict[str, Tensor]) -> None:
 def finish(
     partial: Path,
     folder: Path,
-    source: Path,
+    source: Checkpoint,
     quantization: dict[str, Any],
     documents: dict[str, Any],
     scratch: Iterable[Path],
@@ -160,9 +161,9 @@ def finish(
             weight_map |= dict.fromkeys(file.keys(), shard.name)
     write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     for pattern in COPIED:
-        for file in source.glob(pattern):
+        for file in source.path.glob(pattern):
             shutil.copy(file, partial / file.name)
-    config = json.loads((source / "config.json").read_text())
+    config = {**json.loads((source.path / "config.json").read_text()), **source.config_changes}
     contract = {"quant_method": QUANT_METHOD, "schema": SCHEMA_VERSION, **quantization, **CONVENTION}
     for name, document in documents.items():
         write_json(partial / name, document)

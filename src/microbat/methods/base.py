@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from microbat.formats.block import QTensor
-from microbat.models.base import Site
+from microbat.models.base import Checkpoint, Site
+from microbat.models.rotation import Rotation
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
+from microbat.scheme import Scheme
 from microbat.transforms.base import Transform
 
 Quant = AbsMax | Clip
@@ -48,6 +50,7 @@ class BlockData(Protocol):
 
     index: int
     block: nn.Module
+    head_dim: int
     inputs: Tensor
     targets: Tensor
     float_inputs: Tensor
@@ -56,6 +59,17 @@ class BlockData(Protocol):
 
     def faked(self, plan: Plan, weights: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
         """The block as a differentiable function that quantizes by ``plan``, with ``weights`` in its linear layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelData:
+    """The float model and the calibration ``tokens`` int64 [S, L], as a method sees them before the blocks' turn."""
+
+    checkpoint: Checkpoint
+    tokens: Tensor
+    scheme: Scheme
+    seed: int
+    device: torch.device
 
 
 class Method(ABC):
@@ -73,6 +87,10 @@ class Preparer(Method):
     """
 
     default_solver: ClassVar[str] = "gptq"
+
+    def rotation(self, model: ModelData) -> Rotation | None:
+        """How to rotate the whole model before its blocks are prepared; None for not at all."""
+        return None
 
     @abstractmethod
     def prepare(self, data: BlockData, plan: Plan, solver: "Solver") -> Plan: ...
