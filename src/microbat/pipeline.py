@@ -70,12 +70,7 @@ def run(recipe: Recipe, out: str | Path) -> Path:
     partial = _open_partial(out, recipe, checkpoint)
     device = _device(recipe.device)
     calibration = _calibration(recipe, checkpoint, partial, device)
-    checkpoint = _rotated(
-        checkpoint,
-        preparers,
-        ModelData(checkpoint=checkpoint, tokens=calibration.tokens, scheme=scheme, seed=recipe.seed, device=device),
-        partial,
-    )
+    checkpoint = _rotated(recipe, checkpoint, preparers, scheme, calibration, device, partial)
     job = Job(
         checkpoint=checkpoint,
         scheme=scheme,
@@ -299,21 +294,38 @@ def _calibration(recipe: Recipe, checkpoint: Checkpoint, partial: Path, device: 
     return Calibration(tokens=load_file(file)["tokens"], source=recipe.calibration)
 
 
-def _rotated(checkpoint: Checkpoint, preparers: tuple[Preparer, ...], data: ModelData, partial: Path) -> Checkpoint:
-    """The checkpoint as the preparers want it rotated: as the interrupted run had it, or decided now."""
+def _rotated(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    preparers: tuple[Preparer, ...],
+    scheme: Scheme,
+    calibration: Calibration,
+    device: torch.device,
+    partial: Path,
+) -> Checkpoint:
+    """The checkpoint rotated as the method wants it: as the interrupted run had it, or decided now and kept."""
     from safetensors.torch import load_file, save_file
 
     file = partial / ROTATION_FILE
-    for preparer in preparers:
-        if not file.is_file():
-            rotation = preparer.rotation(data)
-            if rotation is None:
-                continue
-            tensors = {k: t for k, t in dataclasses.asdict(rotation).items() if t is not None}
-            save_file(tensors, file.with_suffix(".tmp"))
-            os.replace(file.with_suffix(".tmp"), file)
-        return RotatedCheckpoint(checkpoint, Rotation(**load_file(file)))
-    return checkpoint
+    if all(type(preparer).rotation is Preparer.rotation for preparer in preparers):
+        return checkpoint
+    if not file.is_file():
+        with _progress(f"{recipe.method} rotation", 1) as progress:
+            data = ModelData(
+                checkpoint=checkpoint,
+                tokens=calibration.tokens,
+                scheme=scheme,
+                seed=recipe.seed,
+                device=device,
+                progress=lambda share, loss: progress(0, share, loss),
+            )
+            rotations = [r for r in (preparer.rotation(data) for preparer in preparers) if r is not None]
+        if not rotations:
+            return checkpoint
+        tensors = {"stream": rotations[0].stream, "heads": rotations[0].heads}
+        save_file({k: t for k, t in tensors.items() if t is not None}, file.with_suffix(".tmp"))
+        os.replace(file.with_suffix(".tmp"), file)
+    return RotatedCheckpoint(checkpoint, Rotation(**load_file(file)))
 
 
 def _device(name: str) -> torch.device:

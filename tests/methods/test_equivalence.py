@@ -18,6 +18,8 @@ from microbat.scheme import Scheme
 PREPARERS = {name: kind for name, kind in methods().items() if issubclass(kind, Preparer)}
 SETTINGS = {
     "batquant": {"epochs": 2, "clip": False, "weight_clip": False, "init": "orthogonal"},
+    "brq": {"steps": 2},
+    "spinquant": {"steps": 2},
     "batquant-paper": {"epochs": 1, "clip": False, "weight_clip": False},
 }
 
@@ -37,7 +39,7 @@ def test_float_function_is_kept(tiny, monkeypatch, name, family):
     tokens = torch.randint(2, 90, (4, 16), generator=torch.Generator().manual_seed(0))
     scheme = Scheme.parse("W4A4")
     rotation = preparer.rotation(
-        ModelData(checkpoint=original, tokens=tokens, scheme=scheme, seed=3, device=torch.device("cpu"))
+        ModelData(checkpoint=original, tokens=tokens, scheme=scheme, seed=3, device=torch.device("cpu"), progress=print)
     )
     checkpoint = original if rotation is None else RotatedCheckpoint(original, rotation)
     blocks = {}
@@ -79,6 +81,7 @@ def test_rotation_moves_the_stream(tiny):
         scheme=Scheme.parse("W4A4"),
         seed=3,
         device=torch.device("cpu"),
+        progress=lambda *x: None,
     )
     for name in ("quarot", "brq"):
         rotated = RotatedCheckpoint(original, PREPARERS[name]().rotation(data))

@@ -70,6 +70,7 @@ class ModelData:
     scheme: Scheme
     seed: int
     device: torch.device
+    progress: Callable[[float, float], None]
 
 
 class Method(ABC):

@@ -6,8 +6,8 @@ QuaRot's rotations, each cut into blocks that are the format's own, so that no o
     R2  each head's values, blockdiag(H), folded into v and o
     R4  the input of down, I (x) H, online
 
-The paper's text is all there is (no code is public), and it leaves open which blocks share a matrix; here signs differ
-from block to block of the stream and one matrix serves all layers (sheet B6).
+Fixed, or learned as SpinQuant learns its own (``steps``). No code is public and the paper leaves open which blocks share a
+matrix; here each block of the stream has its own and all layers share them, as the stream demands (sheet B6).
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from microbat.methods.base import BlockData, ModelData, Plan, Preparer, Solver
+from microbat.methods.learn import learn_rotation
 from microbat.models.rotation import Rotation
 from microbat.transforms.hadamard import BlockHadamard, hadamard
 
@@ -24,7 +25,15 @@ from microbat.transforms.hadamard import BlockHadamard, hadamard
 @dataclass(frozen=True, kw_only=True)
 class BRQ(Preparer):
     name: ClassVar[str] = "brq"
-    summary: ClassVar[str] = "Hadamard rotations within the format's blocks, folded into weights or online"
+    summary: ClassVar[str] = "rotations within the format's blocks, Hadamard or learned, folded into weights or online"
+
+    steps: int = 0  # 0: fixed; the paper's learned variant, trained like SpinQuant (whose number is 100)
+    batch: int = 1
+    lr: float = 1.5  # SpinQuant's
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.batch < 1 or self.lr <= 0:
+            raise ValueError(f"{self}: steps must be 0 or more, batch at least 1, lr above 0")
 
     def rotation(self, model: ModelData) -> Rotation:
         checkpoint = model.checkpoint
@@ -32,10 +41,14 @@ class BRQ(Preparer):
         width = checkpoint.config.hidden_size
         signs = torch.randint(0, 2, (width, 1), generator=generator).to(torch.float32) * 2 - 1
         heads = block_hadamard(checkpoint.head_dim, _block(model, checkpoint.head_dim))
-        return Rotation(
+        start = Rotation(
             stream=signs * block_hadamard(width, _block(model, width)),
             heads=heads.expand(checkpoint.num_blocks, -1, -1).contiguous(),
         )
+        if self.steps == 0:
+            return start
+        online = lambda width: BlockHadamard(width=width, block=_block(model, width))  # noqa: E731
+        return learn_rotation(model, start, online, steps=self.steps, batch=self.batch, lr=self.lr)
 
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
         for site in plan.sites:

@@ -1,4 +1,4 @@
-"""The one training loop: a block's quantized output is pulled towards its float output.
+"""The training loops: a block's quantized output is pulled towards its float output; rotations are learned end to end.
 
 AdamW with cosine decay over the calibration sequences (paper, section 4.1.2). The objective is either the paper's mean
 squared error (eq. 5), or relative to each token's own energy, so that the few tokens with massive activations do not own
@@ -15,7 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from microbat.methods.base import BlockData
+from microbat.methods.base import BlockData, ModelData
+from microbat.models.rotation import RotatedCheckpoint, Rotation
+from microbat.transforms.base import Transform
 
 Objective = Literal["mse", "relative", "stream"]
 Inputs = Literal["quantized", "float"]
@@ -84,3 +86,79 @@ def train(
                 raise FloatingPointError(f"block {data.index}: the loss is {losses[-1]} after {len(losses)} steps")
             data.progress(len(losses) / steps, losses[-1])
     return losses
+
+
+def learn_rotation(
+    model: ModelData,
+    start: Rotation,
+    online: Callable[[int], Transform],
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+) -> Rotation:
+    """Cayley SGD on ``start`` against the next token's cross-entropy with quantized activations and float weights.
+
+    Entries that are zero in ``start`` stay zero: a block-diagonal start keeps its blocks. ``online(width)`` is the fixed
+    rotation of what neither matrix reaches. The gains of the norms go into the weights
+    first; then each activation is rotated, quantized and rotated back, which costs far less than rotating every weight
+    and computes the same.
+    """
+    quantizer = model.scheme.activation
+    if quantizer is None:
+        return start  # nothing that a rotation could be learned from
+    family, head_dim = model.checkpoint.family, model.checkpoint.head_dim
+    identity = Rotation(stream=torch.eye(start.stream.shape[0]))
+    network = RotatedCheckpoint(model.checkpoint, identity).load().to(model.device)
+    stream = start.stream.to(model.device).requires_grad_()
+    assert start.heads is not None
+    heads = [head.to(model.device).requires_grad_() for head in start.heads]
+
+    def quantized(x: Tensor, matrix: Tensor) -> Tensor:
+        return quantizer.fake(x @ matrix) @ matrix.T
+
+    for head, block in zip(heads, network.get_submodule(family.blocks), strict=True):
+        for site in family.sites:
+            consumer = block.get_submodule(site.consumers[0])
+            if site.normed:
+                block.get_submodule(site.producer).register_forward_hook(lambda m, i, out: quantized(out, stream))
+            elif site.headed:
+
+                def by_head(module: nn.Module, inputs: tuple, head: Tensor = head) -> tuple:
+                    lanes = inputs[0].unflatten(-1, (-1, head_dim)) @ head
+                    return ((quantizer.fake(lanes.flatten(-2)).unflatten(-1, (-1, head_dim)) @ head.T).flatten(-2),)
+
+                consumer.register_forward_pre_hook(by_head)
+            else:
+                fixed = online(consumer.in_features).to(model.device)
+                consumer.weight.copy_(fixed.inverse_t(consumer.weight))
+                consumer.register_forward_pre_hook(lambda m, i, fixed=fixed: (quantizer.fake(fixed(i[0])),))
+    generator = torch.Generator().manual_seed(model.seed)
+    num = model.tokens.shape[0]
+    rows = torch.cat([torch.randperm(num, generator=generator) for _ in range(1 + steps * batch // num)])
+    for step in range(steps):
+        tokens = model.tokens[rows[step * batch : (step + 1) * batch]].to(model.device)
+        with torch.autocast(model.device.type, torch.bfloat16):
+            logits = network(tokens, use_cache=False).logits[:, :-1]
+        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the rotations' loss is {loss.item()} after {step} steps")
+        rate = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for matrix, gradient in zip((stream, *heads), torch.autograd.grad(loss, (stream, *heads)), strict=True):
+            with torch.no_grad():
+                matrix.copy_(cayley_step(matrix, gradient * (matrix != 0), rate))
+        model.progress((step + 1) / steps, loss.item())
+    return Rotation(stream=stream.detach().cpu(), heads=torch.stack([head.detach().cpu() for head in heads]))
+
+
+def cayley_step(x: Tensor, gradient: Tensor, lr: float) -> Tensor:
+    """One step of Cayley SGD (Li, Fuxin, Todorovic, 2020, arXiv 2002.01113) from an orthogonal ``x`` [n, n]."""
+    v = -gradient.mT
+    a = v @ x - 0.5 * x.mT @ (x @ v @ x)
+    w = a - a.mT
+    rate = min(lr, 1 / (w.abs().sum(-2).max().item() + 1e-8))
+    y = x.mT + rate * (w @ x.mT)
+    for _ in range(5):
+        y = x.mT + rate * 0.5 * (w @ (x.mT + y))
+    q, r = torch.linalg.qr(y.mT.to(torch.float64))  # five steps leave it nearly orthogonal
+    return (q * r.diagonal().sign()).to(x.dtype)

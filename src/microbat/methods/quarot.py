@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from microbat.methods.base import BlockData, ModelData, Plan, Preparer, Solver
 from microbat.models.rotation import Rotation
-from microbat.transforms.hadamard import Hadamard, hadamard, largest_hadamard_divisor
-from microbat.transforms.kronecker import initial_matrix
+from microbat.transforms.hadamard import Hadamard, hadamard, random_hadamard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +38,3 @@ class QuaRot(Preparer):
                 width = data.block.get_submodule(site.site.consumers[0]).in_features
                 site.transform = Hadamard(width=width, stride=data.head_dim if site.site.headed else 1)
         return plan
-
-
-def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
-    """diag(random signs) H [n, n]; a random orthogonal matrix where no Hadamard matrix of this size is known."""
-    if largest_hadamard_divisor(n) != n:
-        return initial_matrix(n, "orthogonal", generator)
-    signs = torch.randint(0, 2, (n, 1), generator=generator).to(torch.float32) * 2 - 1
-    return signs * hadamard(n)

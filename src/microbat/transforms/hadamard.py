@@ -30,6 +30,20 @@ def largest_hadamard_divisor(n: int) -> int:
     return n if _core_size(n) is not None else n & -n
 
 
+def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
+    """diag(random signs) H [n, n]; a random orthogonal matrix where no Hadamard matrix of this size is known."""
+    if largest_hadamard_divisor(n) != n:
+        return random_orthogonal((n, n), generator)
+    signs = torch.randint(0, 2, (n, 1), generator=generator).to(torch.float32) * 2 - 1
+    return signs * hadamard(n)
+
+
+def random_orthogonal(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Random orthogonal matrices [..., n, n] (QR with the signs fixed, so that they are uniform), float32."""
+    q, r = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))
+    return (q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).to(torch.float32)
+
+
 def _core_size(n: int) -> int | None:
     """The smallest m with n = 2^k m and a construction for m; None where there is none."""
     if n < 1:

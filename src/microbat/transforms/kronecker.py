@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from microbat.transforms.base import BlockDiagonal, inverse64
-from microbat.transforms.hadamard import hadamard
+from microbat.transforms.hadamard import hadamard, random_orthogonal
 
 Init = Literal["hadamard", "orthogonal", "identity"]
 
@@ -27,8 +27,7 @@ def initial_matrix(n: int, init: Init, generator: torch.Generator | None, batch:
         return hadamard(n).expand(shape).clone()
     if init == "identity":
         return torch.eye(n).expand(shape).clone()
-    q, r = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))
-    return (q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).to(torch.float32)
+    return random_orthogonal(shape, generator)
 
 
 def kron(left: Tensor, right: Tensor) -> Tensor:
