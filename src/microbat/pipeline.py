@@ -230,12 +230,13 @@ class _FolderKeeper:
     def __init__(self, partial: Path):
         self.partial = partial
 
-    def load(self, index: int) -> tuple[QuantBlock, Record] | None:
+    def load(self, index: int) -> tuple[QuantBlock, dict[str, Tensor], Record] | None:
         shard = self.partial / folders.block_shard(index)
         if not shard.is_file():
             return None
         record = Record(**json.loads(self._record(index).read_text()))
-        return folders.read_block(shard).quantized, record
+        stored = folders.read_block(shard)
+        return stored.quantized, stored.floats, record
 
     def save(self, index: int, block: QuantBlock, module: nn.Module, record: Record) -> None:
         folders.write_json(self._record(index), dataclasses.asdict(record))

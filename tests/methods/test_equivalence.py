@@ -19,6 +19,7 @@ PREPARERS = {name: kind for name, kind in methods().items() if issubclass(kind, 
 SETTINGS = {
     "batquant": {"epochs": 2, "clip": False, "weight_clip": False, "init": "orthogonal"},
     "brq": {"steps": 2},
+    "smoothquant": {"alpha": 0.6},
     "spinquant": {"steps": 2},
     "batquant-paper": {"epochs": 1, "clip": False, "weight_clip": False},
 }

@@ -58,9 +58,9 @@ class Record:
 
 
 class Keeper(Protocol):
-    """Where finished blocks go, and come back from when a run is resumed."""
+    """Where finished blocks go, and come back from when a run is resumed, with their float tensors by name."""
 
-    def load(self, index: int) -> tuple[QuantBlock, Record] | None: ...
+    def load(self, index: int) -> tuple[QuantBlock, dict[str, Tensor], Record] | None: ...
 
     def save(self, index: int, block: QuantBlock, module: nn.Module, record: Record) -> None: ...
 
@@ -78,6 +78,17 @@ class _Data:
         self.progress = lambda done, loss: progress(index, done, loss)
         self._runner = runner
         self.inputs = self.float_inputs = self.targets = torch.empty(0)
+
+    def absmax(self, path: str) -> Tensor:
+        linear = self.block.get_submodule(path)
+        largest = torch.zeros(linear.in_features, device=linear.weight.device)
+
+        def see(inputs: tuple, output: Tensor) -> None:
+            torch.maximum(largest, inputs[0].flatten(0, -2).abs().amax(0).float(), out=largest)
+
+        with _watch(linear, see):
+            self._runner.run(self.block, self.float_inputs)
+        return largest
 
     def faked(self, plan: Plan, weights: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
         for site in plan.sites:
@@ -152,8 +163,9 @@ def calibrate(job: Job, keeper: Keeper, observe: Observer, progress: Progress) -
             record.seconds = time.perf_counter() - started
             keeper.save(index, block_result, block, record)
         else:
-            block_result, record = kept
+            block_result, floats, record = kept
             install(block, block_result)
+            block.load_state_dict({k: t.to(job.device) for k, t in floats.items()}, strict=False, assign=True)
             outputs = runner.run(block, quantized)
         _check_finite(outputs, f"the quantized outputs of {name}")
         quantized, original = outputs, data.targets

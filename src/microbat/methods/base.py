@@ -57,6 +57,9 @@ class BlockData(Protocol):
     generator: torch.Generator
     progress: Callable[[float, float], None]
 
+    def absmax(self, path: str) -> Tensor:
+        """The largest magnitude of each input channel [K] of the linear layer at ``path``, over the float stream."""
+
     def faked(self, plan: Plan, weights: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
         """The block as a differentiable function that quantizes by ``plan``, with ``weights`` in its linear layers."""
 
