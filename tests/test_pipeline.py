@@ -27,7 +27,16 @@ def shard_hashes(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize(
     ("method", "solver"),
-    [("rtn", ""), ("gptq", ""), ("batquant", "gptq"), ("batquant", "learned"), ("quarot", "gptq"), ("brq", "rtn")],
+    [
+        ("rtn", ""),
+        ("gptq", ""),
+        ("batquant", "gptq"),
+        ("batquant", "learned"),
+        ("quarot", "gptq"),
+        ("brq", "rtn"),
+        ("smoothquant", "rtn"),
+        ("flatquant", "gptq"),
+    ],
 )
 def test_reloaded_folder_computes_what_calibration_saw(tiny, text_file, tmp_path, family, method, solver, monkeypatch):
     """Q-law on the folder: the outputs of every block during calibration equal those of the reloaded model."""
@@ -49,7 +58,7 @@ def test_reloaded_folder_computes_what_calibration_saw(tiny, text_file, tmp_path
 
     monkeypatch.setattr(pipeline, "calibrate", spy)
     monkeypatch.setattr(pipeline._FolderKeeper, "save", keep)
-    settings = {"epochs": 1} if method == "batquant" else {}
+    settings = {"epochs": 1} if method in ("batquant", "flatquant") else {}
     out = microbat.quantize(
         tiny(family),
         out=tmp_path / "q",

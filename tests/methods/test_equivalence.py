@@ -12,12 +12,14 @@ from microbat.methods.rtn import RTN
 from microbat.models.base import Checkpoint
 from microbat.models.rotation import RotatedCheckpoint
 from microbat.quantizers.base import AbsMax
+from microbat.quantizers.clip import Clip
 from microbat.recipe import methods
 from microbat.scheme import Scheme
 
 PREPARERS = {name: kind for name, kind in methods().items() if issubclass(kind, Preparer)}
 SETTINGS = {
     "batquant": {"epochs": 2, "clip": False, "weight_clip": False, "init": "orthogonal"},
+    "flatquant": {"epochs": 1},
     "brq": {"steps": 2},
     "smoothquant": {"alpha": 0.6},
     "spinquant": {"steps": 2},
@@ -35,6 +37,7 @@ class Exact(QTensor):
 def test_float_function_is_kept(tiny, monkeypatch, name, family):
     monkeypatch.setattr(AbsMax, "fake", lambda self, x, low=None, high=None: x.to(torch.float32))
     monkeypatch.setattr(AbsMax, "quantize", lambda self, x: Exact(format=self.format, codes=x, scales=torch.empty(0)))
+    monkeypatch.setattr(Clip, "clip", lambda self, x: x)
     original = Checkpoint(tiny(family))
     preparer = PREPARERS[name](**SETTINGS.get(name, {}))
     tokens = torch.randint(2, 90, (4, 16), generator=torch.Generator().manual_seed(0))

@@ -84,6 +84,7 @@ def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tens
             entry["activation"] = {"format": inner.format.name, "scale_rule": inner.rule}
             if isinstance(site.quantizer, Clip):
                 tensors[f"{prefix}.clip"] = site.quantizer.ratios
+                entry["activation"]["clips_whole"] = site.quantizer.whole
         for layer in site.consumers:
             q = block.weights[layer]
             entry.setdefault("weights", {})[layer] = {"format": q.format.name, "shape": list(q.shape)}
@@ -124,7 +125,7 @@ def _read_site(entry: dict[str, Any], tensors: dict[str, Tensor], formats: dict[
     if "activation" in entry:
         stored = entry["activation"]
         quantizer = AbsMax(format=pick("format", stored["format"], formats), rule=stored["scale_rule"])
-        quantizer = Clip(quantizer, own["clip"]) if "clip" in own else quantizer
+        quantizer = Clip(quantizer, own["clip"], whole=stored["clips_whole"]) if "clip" in own else quantizer
     return QuantSite(name=entry["name"], consumers=tuple(entry["consumers"]), transform=transform, quantizer=quantizer)
 
 

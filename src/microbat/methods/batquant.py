@@ -17,10 +17,8 @@ only the inverse transpose is exact; that is what is used.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import nn
-
 from microbat.methods.base import BlockData, Plan, Preparer, Quant, Solver
-from microbat.methods.learn import Inputs, Objective, Schedule, train
+from microbat.methods.learn import Inputs, Objective, Schedule, train_plan
 from microbat.quantizers.clip import Clip
 from microbat.transforms.base import Transform
 from microbat.transforms.hadamard import BlockHadamard
@@ -70,18 +68,8 @@ class BATQuant(Preparer):
                     path: Clip(q, shape=(linears[path].out_features, width // q.format.block_of(width)))
                     for path, q in site.weights.items()
                 }
-        weights = {path: data.block.get_submodule(path).weight for site in plan.sites for path in site.weights}
-        trained: list[nn.Parameter] = []
-        if solver.weight_lr is not None:
-            weights = {path: nn.Parameter(weight.clone()) for path, weight in weights.items()}
-            trained = list(weights.values())
-        transforms = [p for site in plan.sites if site.transform for p in site.transform.parameters()]
-        clips = [p for site in plan.sites for q in (site.activation, *site.weights.values()) for p in _logits(q)]
-        groups = [(transforms, self.lr), (clips, self.clip_lr)]
-        groups += [([w], (solver.weight_lr or 0.0) * w.detach().square().mean().sqrt().item()) for w in trained]
         schedule = Schedule(epochs=self.epochs, batch=self.batch, objective=self.objective, inputs=self.inputs)
-        plan.loss = train(data, data.faked(plan, weights), groups, schedule)
-        plan.latents = {path: w.detach() for path, w in weights.items()} if trained else {}
+        train_plan(data, plan, solver, lr=self.lr, clip_lr=self.clip_lr, schedule=schedule)
         return plan
 
     def _transform(self, width: int, activation: Quant | None, weight: Quant, data: BlockData) -> Transform | None:
@@ -115,7 +103,3 @@ class BATQuantPaper(BATQuant):
     batch: int = 4
     objective: Objective = "mse"
     inputs: Inputs = "float"
-
-
-def _logits(quantizer: Quant | None) -> list[nn.Parameter]:
-    return [quantizer.logits] if isinstance(quantizer, Clip) and quantizer.logits is not None else []

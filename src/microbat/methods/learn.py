@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from microbat.methods.base import BlockData, ModelData
+from microbat.methods.base import BlockData, ModelData, Plan, Quant, Solver
 from microbat.models.rotation import RotatedCheckpoint, Rotation
+from microbat.quantizers.clip import Clip
 from microbat.transforms.base import Transform
 
 Objective = Literal["mse", "relative", "stream"]
@@ -47,6 +48,27 @@ def block_loss(output: Tensor, target: Tensor, source: Tensor, given: Tensor, ob
     if objective == "relative":
         energy = (target - source).square().sum(-1) + (given - source).square().sum(-1)
     return (error / energy.clamp(min=1e-12)).mean()
+
+
+def train_plan(data: BlockData, plan: Plan, solver: Solver, *, lr: float, clip_lr: float, schedule: Schedule) -> None:
+    """Train the transforms (at ``lr``) and clips (at ``clip_lr``) of ``plan``, and the weights if ``solver`` asks for it.
+
+    Leaves the trained weights in ``plan.latents`` and the loss of each step in ``plan.loss``.
+    """
+    weights = {path: data.block.get_submodule(path).weight for site in plan.sites for path in site.weights}
+    groups: list[tuple[list[nn.Parameter], float]] = [
+        ([p for site in plan.sites if site.transform for p in site.transform.parameters()], lr),
+        ([q.logits for site in plan.sites for q in (site.activation, *site.weights.values()) if _learns(q)], clip_lr),
+    ]
+    if solver.weight_lr is not None:
+        weights = {path: nn.Parameter(weight.clone()) for path, weight in weights.items()}
+        groups += [([w], solver.weight_lr * w.detach().square().mean().sqrt().item()) for w in weights.values()]
+    plan.loss = train(data, data.faked(plan, weights), groups, schedule)
+    plan.latents = {path: w.detach() for path, w in weights.items()}
+
+
+def _learns(quantizer: Quant | None) -> bool:
+    return isinstance(quantizer, Clip) and quantizer.logits is not None
 
 
 def train(
