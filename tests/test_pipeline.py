@@ -178,7 +178,8 @@ class TestBadInput:
     def test_wrong_types_and_schemes(self, tiny, tmp_path):
         self.fails("setting epochs='many' of batquant", tiny, tmp_path, settings={"epochs": "many"})
         self.fails("is not W<bits>A<bits>", tiny, tmp_path, scheme="4bit")
-        self.fails("KV cache of 4 bits is not supported yet", tiny, tmp_path, scheme="W4A4KV4")
+        self.fails("nvfp4 scales a whole tensor, and a cache grows", tiny, tmp_path, scheme="W4A4KV4:nvfp4")
+        self.fails("no format of 5 bits for the KV cache", tiny, tmp_path, scheme="W4A4KV5")
         self.fails("no format of 5 bits", tiny, tmp_path, scheme="W5A4")
         self.fails("does not fit format 'nvfp4'", tiny, tmp_path, scheme="W4A4:nvfp4", scale_rule="floor")
         self.fails("leaves weights in 16 bits", tiny, tmp_path, scheme="W16A4")

@@ -368,6 +368,7 @@ def _contract(scheme: Scheme) -> dict[str, Any]:
         "scheme": scheme.text,
         "weights": role(scheme.weight),
         "activations": role(scheme.activation),
+        "kv_cache": role(scheme.cache),
         "ignore": list(scheme.ignore),
     }
 
@@ -394,7 +395,7 @@ def _report(
     online_bytes = folders.online_bytes(partial)
     total = sum(file.stat().st_size for file in partial.glob("microbat-*.safetensors"))
     pictures = sorted((p for r in records for p in r.activations), key=lambda p: -_output_error(layers, p["layer"]))
-    role = {"weight": job.scheme.weight, "activation": job.scheme.activation}
+    role = {"weight": job.scheme.weight, "activation": job.scheme.activation, "kv_cache": job.scheme.cache}
     return {
         "microbat": made["versions"]["microbat"],
         "model": recipe.model,

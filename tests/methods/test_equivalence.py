@@ -41,7 +41,7 @@ def test_float_function_is_kept(tiny, monkeypatch, name, family):
     original = Checkpoint(tiny(family))
     preparer = PREPARERS[name](**SETTINGS.get(name, {}))
     tokens = torch.randint(2, 90, (4, 16), generator=torch.Generator().manual_seed(0))
-    scheme = Scheme.parse("W4A4")
+    scheme = Scheme.parse("W4A4KV4")
     rotation = preparer.rotation(
         ModelData(checkpoint=original, tokens=tokens, scheme=scheme, seed=3, device=torch.device("cpu"), progress=print)
     )

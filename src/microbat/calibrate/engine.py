@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from microbat.calibrate.fake import faked, transformed
 from microbat.calibrate.stats import Hessian
+from microbat.kv import KVQuantizer
 from microbat.linear import QuantBlock, QuantLinear, QuantSite, SiteInput, install
 from microbat.methods.base import Plan, Preparer, Quant, SitePlan, Solver, Statistics
 from microbat.models.base import Checkpoint, linear_layers
@@ -92,7 +93,7 @@ class _Data:
 
     def faked(self, plan: Plan, weights: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
         for site in plan.sites:
-            for module in (site.transform, site.activation, *site.weights.values()):
+            for module in (site.transform, site.activation, *site.weights.values(), plan.kv):
                 if isinstance(module, nn.Module):
                     module.to(self._runner.job.device)
 
@@ -179,17 +180,20 @@ def _quantize_block(job: Job, data: _Data, name: str, observe: Observer) -> tupl
     for preparer in job.preparers:
         plan = preparer.prepare(data, plan, job.solver)
     frozen = [_freeze(site) for site in plan.sites]
+    kv = _freeze_kv(plan.kv)
+    data.block.get_submodule(plan.attention).kv = kv
     weights = {path: data.block.get_submodule(path).weight for site in frozen for path in site.weights}
     sites, codes, notes = _solve(job, data, frozen, {**weights, **plan.latents})
     layers, activations = _measure(job, data, name, frozen, weights, codes, notes, observe)
     record = Record(name=name, index=data.index, error=0.0, seconds=0.0, loss=plan.loss, layers=layers)
     record.activations = activations
-    return QuantBlock(sites=tuple(sites), weights=codes), record
+    return QuantBlock(sites=tuple(sites), weights=codes, kv=kv, attention=plan.attention), record
 
 
 def _initial_plan(job: Job, name: str) -> Plan:
-    plan = Plan(sites=[])
-    for site in job.checkpoint.family.sites:
+    family, cache = job.checkpoint.family, job.scheme.cache
+    plan = Plan(sites=[], kv=cache and KVQuantizer(cache, cache), attention=family.attention)
+    for site in family.sites:
         kept = [path for path in site.consumers if not job.scheme.ignores(f"{name}.{path}")]
         if kept and job.scheme.weight is not None:
             plan.sites.append(
@@ -203,13 +207,22 @@ def _initial_plan(job: Job, name: str) -> Plan:
     return plan
 
 
-def _freeze(site: SitePlan) -> SitePlan:
-    def fixed(quantizer: Quant | None) -> Quant | None:
-        return quantizer.freeze() if isinstance(quantizer, Clip) else quantizer
+def _fixed(quantizer: Quant) -> Quant:
+    return quantizer.freeze() if isinstance(quantizer, Clip) else quantizer
 
+
+def _freeze_kv(kv: KVQuantizer | None) -> KVQuantizer | None:
+    if kv is None:
+        return None
+    transform = None if kv.transform is None else kv.transform.requires_grad_(False)
+    return KVQuantizer(_fixed(kv.key), _fixed(kv.value), transform)
+
+
+def _freeze(site: SitePlan) -> SitePlan:
     transform = None if site.transform is None else site.transform.requires_grad_(False)
-    weights = {path: fixed(quantizer) for path, quantizer in site.weights.items()}
-    return SitePlan(site=site.site, transform=transform, activation=fixed(site.activation), weights=weights)
+    weights = {path: _fixed(quantizer) for path, quantizer in site.weights.items()}
+    activation = None if site.activation is None else _fixed(site.activation)
+    return SitePlan(site=site.site, transform=transform, activation=activation, weights=weights)
 
 
 @torch.no_grad()

@@ -44,8 +44,11 @@ def faked(block: nn.Module, plan: Plan, weights: dict[str, Tensor]) -> Iterator[
         for path, quantizer in site.weights.items():
             fake = FakeLinear(site_input, weights[path], originals[path].bias, quantizer)
             block.set_submodule(path, fake)
+    attention = block.get_submodule(plan.attention)
+    attention.kv = plan.kv
     try:
         yield block
     finally:
+        del attention.kv
         for path, module in originals.items():
             block.set_submodule(path, module)

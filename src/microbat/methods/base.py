@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from microbat.formats.block import QTensor
+from microbat.kv import KVQuantizer
 from microbat.models.base import Checkpoint, Site
 from microbat.models.rotation import Rotation
 from microbat.quantizers.base import AbsMax
@@ -37,10 +38,13 @@ class SitePlan:
 
 @dataclass(kw_only=True)
 class Plan:
-    """What a method decided about one block. ``latents`` are weights that were learned along, by path: what the solver
-    rounds instead of the float weight (absent: the float weight itself)."""
+    """What a method decided about one block. ``kv`` quantizes the cache of the module at ``attention``. ``latents`` are
+    weights that were learned along, by path: what the solver rounds instead of the float weight (absent: the float weight
+    itself)."""
 
     sites: list[SitePlan]
+    kv: KVQuantizer | None = None
+    attention: str = "self_attn"
     latents: dict[str, Tensor] = field(default_factory=dict)
     loss: list[float] = field(default_factory=list)
 

@@ -17,6 +17,7 @@ only the inverse transpose is exact; that is what is used.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from microbat.kv import KVQuantizer
 from microbat.methods.base import BlockData, Plan, Preparer, Quant, Solver
 from microbat.methods.learn import Inputs, Objective, Schedule, train_plan
 from microbat.quantizers.clip import Clip
@@ -68,9 +69,20 @@ class BATQuant(Preparer):
                     path: Clip(q, shape=(linears[path].out_features, width // q.format.block_of(width)))
                     for path, q in site.weights.items()
                 }
+        if plan.kv is not None:
+            plan.kv = self._cache(plan.kv, data)
         schedule = Schedule(epochs=self.epochs, batch=self.batch, objective=self.objective, inputs=self.inputs)
         train_plan(data, plan, solver, lr=self.lr, clip_lr=self.clip_lr, schedule=schedule)
         return plan
+
+    def _cache(self, kv: KVQuantizer, data: BlockData) -> KVQuantizer:
+        """P_k on keys after their position encoding, shared by the heads, and a clip for each block of a head's lanes."""
+        lanes = data.head_dim
+        key, value = kv.key, kv.value
+        transform = self._transform(lanes, key, key, data)
+        if self.clip:
+            key, value = (Clip(q, shape=(lanes // q.format.block_of(lanes),)) for q in (key, value))
+        return KVQuantizer(key, value, transform)
 
     def _transform(self, width: int, activation: Quant | None, weight: Quant, data: BlockData) -> Transform | None:
         format = (activation or weight).format

@@ -56,6 +56,9 @@ class BRQ(Preparer):
                 width = data.block.get_submodule(site.site.consumers[0]).in_features
                 format = (site.activation or next(iter(site.weights.values()))).format
                 site.transform = BlockHadamard(width=width, block=_divisor(width, format.block_of(width)))
+        if plan.kv is not None:
+            block = _divisor(data.head_dim, plan.kv.key.format.block_of(data.head_dim))
+            plan.kv.transform = BlockHadamard(width=data.head_dim, block=block)
         return plan
 
 

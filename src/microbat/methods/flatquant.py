@@ -18,10 +18,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from microbat.kv import KVQuantizer
 from microbat.methods.base import BlockData, Plan, Preparer, SitePlan, Solver
 from microbat.methods.learn import Inputs, Objective, Schedule, train_plan
 from microbat.quantizers.clip import Clip
-from microbat.transforms.kronecker import Kronecker, balanced_split
+from microbat.transforms.kronecker import FullBlocks, Kronecker, balanced_split
 
 SCALE_POWER = 0.3
 SMALLEST = 1e-5  # the authors' floor for the maxima that c starts from
@@ -50,6 +51,11 @@ class FlatQuant(Preparer):
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
         for site in plan.sites:
             self._start(data, site)
+        if plan.kv is not None:
+            lanes = data.head_dim
+            key, value = (Clip(q, shape=(1,), whole=True) for q in (plan.kv.key, plan.kv.value))
+            square = FullBlocks(width=lanes, block=lanes, init="orthogonal", generator=data.generator)
+            plan.kv = KVQuantizer(key, value, square)
         schedule = Schedule(epochs=self.epochs, batch=self.batch, objective=self.objective, inputs=self.inputs)
         train_plan(data, plan, solver, lr=self.lr, clip_lr=self.clip_lr, schedule=schedule)
         for site in plan.sites:

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from microbat.methods.base import BlockData, ModelData, Plan, Quant, Solver
+from microbat.methods.base import BlockData, ModelData, Plan, Solver
 from microbat.models.rotation import RotatedCheckpoint, Rotation
 from microbat.quantizers.clip import Clip
 from microbat.transforms.base import Transform
@@ -56,19 +56,18 @@ def train_plan(data: BlockData, plan: Plan, solver: Solver, *, lr: float, clip_l
     Leaves the trained weights in ``plan.latents`` and the loss of each step in ``plan.loss``.
     """
     weights = {path: data.block.get_submodule(path).weight for site in plan.sites for path in site.weights}
+    transforms = [*(site.transform for site in plan.sites), plan.kv and plan.kv.transform]
+    quantizers = [q for site in plan.sites for q in (site.activation, *site.weights.values())]
+    quantizers += [plan.kv.key, plan.kv.value] if plan.kv else []
     groups: list[tuple[list[nn.Parameter], float]] = [
-        ([p for site in plan.sites if site.transform for p in site.transform.parameters()], lr),
-        ([q.logits for site in plan.sites for q in (site.activation, *site.weights.values()) if _learns(q)], clip_lr),
+        ([p for transform in transforms if transform is not None for p in transform.parameters()], lr),
+        ([q.logits for q in quantizers if isinstance(q, Clip) and q.logits is not None], clip_lr),
     ]
     if solver.weight_lr is not None:
         weights = {path: nn.Parameter(weight.clone()) for path, weight in weights.items()}
         groups += [([w], solver.weight_lr * w.detach().square().mean().sqrt().item()) for w in weights.values()]
     plan.loss = train(data, data.faked(plan, weights), groups, schedule)
     plan.latents = {path: w.detach() for path, w in weights.items()}
-
-
-def _learns(quantizer: Quant | None) -> bool:
-    return isinstance(quantizer, Clip) and quantizer.logits is not None
 
 
 def train(

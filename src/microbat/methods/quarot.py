@@ -37,4 +37,6 @@ class QuaRot(Preparer):
             if not site.site.normed:
                 width = data.block.get_submodule(site.site.consumers[0]).in_features
                 site.transform = Hadamard(width=width, stride=data.head_dim if site.site.headed else 1)
+        if plan.kv is not None:
+            plan.kv.transform = Hadamard(width=data.head_dim)
         return plan

@@ -56,4 +56,6 @@ class SpinQuant(Preparer):
             if not site.site.normed and not site.site.headed:
                 width = data.block.get_submodule(site.site.consumers[0]).in_features
                 site.transform = Hadamard(width=width)
+        if plan.kv is not None:
+            plan.kv.transform = Hadamard(width=data.head_dim)
         return plan

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microbat.models.attention import attention_function
 from microbat.registry import instances
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -41,6 +42,7 @@ class Family:
     name: str
     sites: tuple[Site, ...]
     writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")  # linear layers that add to the residual stream
+    attention: str = "self_attn"  # the module that mixes tokens, inside a block
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     rotary: str = "model.rotary_emb"
@@ -186,8 +188,9 @@ class Checkpoint:
         """The causal language model on the meta device, its rotary tables real: no weight is read."""
         from transformers import AutoModelForCausalLM
 
+        name = attention_function()
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation=name)
         rotary = model.get_submodule(self.family.rotary)
         model.set_submodule(self.family.rotary, type(rotary)(config=self.config))
         return model.eval().requires_grad_(False)
