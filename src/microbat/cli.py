@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +20,7 @@ app = typer.Typer(
     help="Turn a pretrained language model into a 4-bit checkpoint that keeps its accuracy, and prove what was lost.",
 )
 console = Console()
+NAMES = {"perplexity": "perplexity", "ratio": "times float", "kl": "KL (nats)", "recovery": "recovery %"}
 
 
 class Listed(StrEnum):
@@ -135,6 +137,60 @@ def evaluate(
                 pipeline.attach(path, result)
         if json_out is not None:
             json_out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@app.command()
+def compare(
+    suite: Annotated[Path, typer.Option(help="A YAML file: model, schemes, seeds and rows; see suites/.")],
+    model: Annotated[str, typer.Option(help="A folder or a name on the hub, instead of the suite's.")] = "",
+    text: Annotated[str, typer.Option(help="An evaluation text, instead of the suite's.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="The suite's quick form.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to work in; microbat-compare/ and the suite's name when not given.")
+    ] = None,
+) -> None:
+    """Compare many methods, schemes and seeds on one model. An interrupted comparison goes on where it stopped.
+
+    Example: `microbat compare --suite suites/small.yaml --quick`
+    """
+    from microbat.comparison import compare as run
+
+    place = out or Path("microbat-compare") / (suite.stem + ("-quick" if quick else ""))
+    with _errors():
+        result = run(suite, out=place, model=model, text=text, quick=quick)
+    _print_comparison(result)
+    console.print(f"{place / 'comparison.json'}, page {place / 'comparison.html'}", soft_wrap=True)
+    if any(entry["failed"] for group in result["groups"] for entry in group["entries"]):
+        raise typer.Exit(1)
+
+
+def _print_comparison(result: dict[str, Any]) -> None:
+    for group in result["groups"]:
+        for scheme in dict.fromkeys(entry["scheme"] for entry in group["entries"]):
+            own = [entry for entry in group["entries"] if entry["scheme"] == scheme]
+            table = Table(title=f"{group['title'] or result['title']}, {scheme}")
+            metrics = [("perplexity", 2), ("ratio", 3), ("kl", 4), ("recovery", 2)][: 4 if result["tasks"] else 3]
+            for column in ("method", *(NAMES[name] for name, _ in metrics), "minutes"):
+                table.add_column(column, justify="left" if column == "method" else "right")
+            for entry in own:
+                cells = [_standing(entry, name, digits) for name, digits in metrics]
+                minutes = f"{entry['seconds'] / 60:.1f}" if "seconds" in entry else ""
+                table.add_row(Text(entry["label"]), *cells, minutes)
+            console.print(table)
+            for entry in own:
+                for seed, reason in entry["failed"].items():
+                    console.print(f"{entry['label']}, seed {seed}: {reason}", style="red", markup=False, soft_wrap=True)
+    console.print(
+        "± over seeds where there are several, else over windows; * best, ≈ not distinguishable from the best",
+        style="dim",
+    )
+
+
+def _standing(entry: dict[str, Any], metric: str, digits: int) -> str:
+    if metric not in entry:
+        return "failed"
+    mark = {"best": "* ", "tied": "≈ "}.get(entry["standing"].get(metric, ""), "")
+    return mark + _with_error(entry[metric]["value"], entry[metric]["error"], digits)
 
 
 def _named(argument: str) -> tuple[str, str]:

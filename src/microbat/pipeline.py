@@ -24,7 +24,7 @@ from microbat.calibrate.engine import Job, Precision, Record, calibrate, preflig
 from microbat.evaluation.quality import compare, recovery
 from microbat.evaluation.tasks import check_tasks, run_tasks
 from microbat.evaluation.text import load_text
-from microbat.evaluation.windows import tokenize
+from microbat.evaluation.windows import Windows, tokenize
 from microbat.evaluation.windows import windows as cut_windows
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
@@ -39,7 +39,7 @@ from microbat.runtime.load import load as load_folder
 from microbat.scheme import Scheme
 
 HELD_TOGETHER = 8 << 30  # bytes; models that fit are held together, so that they share the reference's passes
-PICTURED_LAYERS = 3  # activations that the report shows
+PICTURED_LAYERS = 3  # worst activations that the report shows, beside the one that every run shows
 RUN_FILE, TOKENS_FILE, ROTATION_FILE = "run.json", "calibration.safetensors", "rotation.safetensors"
 
 
@@ -48,28 +48,38 @@ def quantize(model: str | Path, *, out: str | Path, **fields: Any) -> Path:
     return run(Recipe(model=str(model), **fields), out)
 
 
-def run(recipe: Recipe, out: str | Path) -> Path:
-    """Quantize ``recipe.model`` into the folder ``out`` and return it.
-
-    Work in progress lies in ``<out>.partial``; a run that was interrupted goes on at the block where it stopped.
-    Raises ValueError for whatever is wrong with the request, before anything is computed.
-    """
-    started = time.perf_counter()
-    out = Path(out)
-    preparers, solver = recipe.methods()
+def check(recipe: Recipe) -> Checkpoint:
+    """The model of ``recipe``; raises ValueError for whatever is wrong with the request, before anything is computed."""
+    recipe.methods()
     scheme = recipe.parsed_scheme()
     calibration_data.check_source(recipe.calibration)
     if scheme.weight is None:
         raise ValueError(f"scheme {recipe.scheme!r} leaves weights in 16 bits: there is nothing to quantize")
-    if out.exists():
-        raise ValueError(f"output folder {out} exists; choose another or remove it")
     checkpoint = Checkpoint(resolve(recipe.model))
     if checkpoint.quant_method is not None:
         raise ValueError(f"{checkpoint.path} is quantized already ({checkpoint.quant_method}); give the float model")
     preflight(checkpoint, scheme)
+    return checkpoint
+
+
+def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: str = "") -> Path:
+    """Quantize ``recipe.model`` into the folder ``out`` and return it.
+
+    Work in progress lies in ``<out>.partial``; a run that was interrupted goes on at the block where it stopped.
+    ``tokens`` is a file of calibration tokens, as :func:`write_tokens` makes it, instead of tokens of this run's own.
+    ``title`` stands before the progress bar.
+    Raises ValueError for whatever is wrong with the request, before anything is computed.
+    """
+    started = time.perf_counter()
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"output folder {out} exists; choose another or remove it")
+    checkpoint = check(recipe)
+    preparers, solver = recipe.methods()
+    scheme = recipe.parsed_scheme()
     partial = _open_partial(out, recipe, checkpoint)
     device = _device(recipe.device)
-    calibration = _calibration(recipe, checkpoint, partial, device)
+    calibration = _calibration(recipe, checkpoint, tokens or partial / TOKENS_FILE, device)
     checkpoint = _rotated(recipe, checkpoint, preparers, scheme, calibration, device, partial)
     job = Job(
         checkpoint=checkpoint,
@@ -82,7 +92,7 @@ def run(recipe: Recipe, out: str | Path) -> Path:
         device=device,
     )
     keeper = _FolderKeeper(partial)
-    with _progress(f"{recipe.method} {scheme.text}", checkpoint.num_blocks) as progress:
+    with _progress(title or f"{recipe.method} {scheme.text}", checkpoint.num_blocks) as progress:
         records = list(calibrate(job, keeper, _picture, progress))
     floats = {name: checkpoint.tensor(name) for name in checkpoint.names if not checkpoint.in_block(name)}
     folders.write_other(partial / folders.OTHER_SHARD, floats)
@@ -100,9 +110,20 @@ def run(recipe: Recipe, out: str | Path) -> Path:
         checkpoint,
         _contract(scheme),
         {"recipe.json": made, "report.json": report},
-        [partial / RUN_FILE, partial / TOKENS_FILE, *partial.glob(ROTATION_FILE), *keeper.record_files()],
+        [
+            partial / RUN_FILE,
+            *([] if tokens else [partial / TOKENS_FILE]),
+            *partial.glob(ROTATION_FILE),
+            *keeper.record_files(),
+        ],
     )
     return out
+
+
+def write_tokens(recipe: Recipe, file: Path) -> None:
+    """Make the calibration tokens of ``recipe`` in ``file``, for runs that share them, where it is not there yet."""
+    if not file.is_file():
+        _calibration(recipe, Checkpoint(resolve(recipe.model)), file, _device(recipe.device))
 
 
 def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
@@ -141,15 +162,19 @@ def evaluate(
     if reference not in models:
         models = {reference: _float_model(next(iter(models.values()))), **models}
     chosen = _device(device)
-    named = load_text(text)
-    tokenizer = tokenizer_of(models[reference])
-    cut = cut_windows(tokenize(named.text, tokenizer), window=window, limit=windows)
+    name, cut = text_windows(models[reference], text, window, windows)
     loaders = {name: partial(load, path, device=chosen) for name, path in models.items()}
     if sum(_float32_bytes(path) for path in models.values()) < HELD_TOGETHER:
         candidates: dict[str, Any] = {name: loader() for name, loader in loaders.items()}
     else:
         candidates = dict(loaders)
-    return {"text": named.name, **dataclasses.asdict(compare(candidates, reference, cut))}
+    return {"text": name, **dataclasses.asdict(compare(candidates, reference, cut))}
+
+
+def text_windows(model: str | Path, text: str, window: int, windows: int) -> tuple[str, Windows]:
+    """The text's full name, and its first ``windows`` windows in the tokens of ``model``."""
+    named = load_text(text)
+    return named.name, cut_windows(tokenize(named.text, tokenizer_of(model)), window=window, limit=windows)
 
 
 def evaluate_tasks(
@@ -166,24 +191,28 @@ def evaluate_tasks(
     models = dict(models)
     if reference not in models:
         models = {reference: _float_model(next(iter(models.values()))), **models}
-    chosen = _device(device)
-    scores: dict[str, dict[str, Any]] = {}
-    for name, path in models.items():
-        model = load(path, device=chosen)
-        scores[name] = run_tasks(model, tokenizer_of(path), tasks, data=data, limit=limit)
-    headline = {name: {task: _headline(r)[0] for task, r in results.items()} for name, results in scores.items()}
+    scores = {name: task_scores(path, tasks, data=data, limit=limit, device=device) for name, path in models.items()}
+    headline = {name: {task: r["score"] for task, r in results.items()} for name, results in scores.items()}
     return {
         "reference": reference,
         "models": {
-            name: {
-                "tasks": {
-                    t: dict(zip(("score", "stderr"), _headline(r), strict=True), **r) for t, r in results.items()
-                },
-                "recovery": recovery(headline[name], headline[reference]),
-            }
+            name: {"tasks": results, "recovery": recovery(headline[name], headline[reference])}
             for name, results in scores.items()
         },
     }
+
+
+def task_scores(
+    model: str | Path, tasks: list[str], *, data: Path | None = None, limit: int | None = None, device: str = "auto"
+) -> dict[str, dict[str, float]]:
+    """Benchmark -> ``score``, ``stderr`` and all that the harness reports, of one model."""
+    results = run_tasks(load(model, device=_device(device)), tokenizer_of(model), tasks, data=data, limit=limit)
+    return {task: dict(zip(("score", "stderr"), _headline(r), strict=True), **r) for task, r in results.items()}
+
+
+def held_together(model: str | Path) -> int:
+    """How many models of this size are in memory at once when they are evaluated; they share the reference's passes."""
+    return (HELD_TOGETHER - 1) // _float32_bytes(model)
 
 
 def _headline(result: dict[str, Any]) -> tuple[float, float]:
@@ -272,11 +301,10 @@ def _open_partial(out: Path, recipe: Recipe, checkpoint: Checkpoint) -> Path:
     return partial
 
 
-def _calibration(recipe: Recipe, checkpoint: Checkpoint, partial: Path, device: torch.device) -> Calibration:
-    """The calibration tokens: those of the interrupted run, or made now and kept for the next."""
+def _calibration(recipe: Recipe, checkpoint: Checkpoint, file: Path, device: torch.device) -> Calibration:
+    """The calibration tokens: those in ``file``, or made now and kept there for the next run."""
     from safetensors.torch import load_file, save_file
 
-    file = partial / TOKENS_FILE
     if not file.is_file():
         count, length = recipe.num_calibration_samples, recipe.max_seq_length
         if recipe.calibration == "self":
@@ -394,7 +422,9 @@ def _report(
     code_bytes = round(sum(layer["bits"] * layer["shape"][0] * layer["shape"][1] / 8 for layer in layers))
     online_bytes = folders.online_bytes(partial)
     total = sum(file.stat().st_size for file in partial.glob("microbat-*.safetensors"))
-    pictures = sorted((p for r in records for p in r.activations), key=lambda p: -_output_error(layers, p["layer"]))
+    worst = sorted((p for r in records for p in r.activations), key=lambda p: -_output_error(layers, p["layer"]))
+    pictures = worst[:PICTURED_LAYERS]
+    pictures += [p for p in records[-1].activations[-1:] if p not in pictures]
     role = {"weight": job.scheme.weight, "activation": job.scheme.activation, "kv_cache": job.scheme.cache}
     return {
         "microbat": made["versions"]["microbat"],
@@ -421,7 +451,7 @@ def _report(
         "blocks": [
             {k: v for k, v in dataclasses.asdict(r).items() if k not in ("layers", "activations")} for r in records
         ],
-        "activations": pictures[:PICTURED_LAYERS],
+        "activations": pictures,
         "seconds": seconds,
         "peak_memory_bytes": _peak_memory(),
     }

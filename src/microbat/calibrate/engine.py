@@ -294,7 +294,8 @@ def _measure(
     notes: dict[str, dict[str, float]],
     observe: Observer,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Each layer's errors on a few sequences of the quantized stream, and a picture of the worst one's activation."""
+    """Each layer's errors on a few sequences of the quantized stream, and pictures of activations: the worst layer's,
+    and in the last block its last site's as well, which is there whatever the method, so that runs can be compared."""
     seen: dict[str, Tensor] = {}
     with contextlib.ExitStack() as stack:
         for plan in plans:
@@ -302,7 +303,8 @@ def _measure(
             keep = lambda inputs, output, key=plan.site.name: seen.setdefault(key, inputs[0])  # noqa: E731
             stack.enter_context(_watch(first, keep))
         data._runner.run(data.block, data.inputs[:MEASURED_SEQUENCES])
-    layers, worst = [], (-1.0, "", None, None, None)
+    layers: list[dict[str, Any]] = []
+    viewed: dict[str, tuple[SitePlan, Quant]] = {}
     for plan in plans:
         x = seen[plan.site.name].to(torch.float32)
         mapped = x if plan.transform is None else plan.transform(x)
@@ -327,11 +329,18 @@ def _measure(
                     **notes[path],
                 }
             )
-            if error > worst[0] and plan.activation is not None:
-                worst = (error, f"{name}.{path}", x, mapped, plan.activation)
+            if plan.activation is not None:
+                viewed[f"{name}.{path}"] = plan, plan.activation
+    errors = {layer["name"]: layer["output_error"] for layer in layers}
+    wanted = [max(viewed, key=errors.__getitem__)] if viewed else []
+    if data.index == job.checkpoint.num_blocks - 1:
+        wanted += list(viewed)[-1:]
     pictures = []
-    if worst[2] is not None:
-        pictures.append(observe(worst[1], worst[2].flatten(0, -2), worst[3].flatten(0, -2), worst[4]))
+    for layer in dict.fromkeys(wanted):
+        plan, quantizer = viewed[layer]
+        x = seen[plan.site.name].to(torch.float32)
+        mapped = x if plan.transform is None else plan.transform(x)
+        pictures.append(observe(layer, x.flatten(0, -2), mapped.flatten(0, -2), quantizer))
     return layers, pictures
 
 

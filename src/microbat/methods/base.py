@@ -87,6 +87,11 @@ class Method(ABC):
     summary: ClassVar[str]
     default_scale_rule: ClassVar[str] = ""  # "": each format's own default
 
+    @property
+    def seeded(self) -> bool:
+        """Whether the seed decides more than the calibration text: what trains or starts at random differs by seed."""
+        return False
+
 
 class Preparer(Method):
     """Decides where and how to transform and clip; leaves the float function of the block as it was.

@@ -57,6 +57,10 @@ class BATQuant(Preparer):
         if self.g and self.transform in ("gpk", "naive_kron") and self.g % self.g1:
             raise ValueError(f"{self.name}.g1={self.g1} does not divide the transform block g={self.g}")
 
+    @property
+    def seeded(self) -> bool:
+        return self.epochs > 0 or self.init == "orthogonal"
+
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
         for site in plan.sites:
             linears = {path: data.block.get_submodule(path) for path in site.site.consumers}

@@ -35,6 +35,10 @@ class BRQ(Preparer):
         if self.steps < 0 or self.batch < 1 or self.lr <= 0:
             raise ValueError(f"{self}: steps must be 0 or more, batch at least 1, lr above 0")
 
+    @property
+    def seeded(self) -> bool:
+        return True
+
     def rotation(self, model: ModelData) -> Rotation:
         checkpoint = model.checkpoint
         generator = torch.Generator().manual_seed(model.seed)

@@ -48,6 +48,10 @@ class FlatQuant(Preparer):
             if getattr(self, field) < least:
                 raise ValueError(f"{self.name}.{field}={getattr(self, field)} must be at least {least}")
 
+    @property
+    def seeded(self) -> bool:
+        return True
+
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
         for site in plan.sites:
             self._start(data, site)

@@ -26,6 +26,10 @@ class QuaRot(Preparer):
     name: ClassVar[str] = "quarot"
     summary: ClassVar[str] = "Hadamard rotations of the whole width, folded into weights or online"
 
+    @property
+    def seeded(self) -> bool:
+        return True
+
     def rotation(self, model: ModelData) -> Rotation:
         generator = torch.Generator().manual_seed(model.seed)
         checkpoint = model.checkpoint

@@ -41,6 +41,10 @@ class SpinQuant(Preparer):
         if self.lr <= 0:
             raise ValueError(f"{self.name}.lr={self.lr} must be above 0")
 
+    @property
+    def seeded(self) -> bool:
+        return True
+
     def rotation(self, model: ModelData) -> Rotation:
         generator = torch.Generator().manual_seed(model.seed)
         checkpoint = model.checkpoint
