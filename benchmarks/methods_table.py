@@ -19,7 +19,6 @@ ROWS = {
     "GPTQ": {"method": "gptq"},
     "block-Hadamard + RTN": {"method": "batquant", "solver": "rtn", "settings": HADAMARD},
     "block-Hadamard + GPTQ": {"method": "batquant", "solver": "gptq", "settings": HADAMARD},
-    "BATQuant, paper's recipe + GPTQ": {"method": "batquant-paper", "solver": "gptq"},
     "BATQuant + RTN": {"method": "batquant", "solver": "rtn"},
     "BATQuant + GPTQ": {"method": "batquant", "solver": "gptq"},
     "BATQuant + learned rounding": {"method": "batquant", "solver": "learned"},
@@ -41,7 +40,7 @@ def main(
     for scheme in schemes.split(","):
         folders = {"float": model}
         for name, options in chosen.items():
-            folder = out / scheme / name.replace(" ", "_").replace("'", "").replace(",", "")
+            folder = out / scheme / name.replace(" ", "_")
             if not folder.exists():
                 microbat.quantize(model, out=folder, scheme=scheme, calibration=calibration, **options)
             folders[name] = folder

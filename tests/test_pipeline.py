@@ -81,6 +81,7 @@ def test_two_runs_give_equal_bytes_and_a_killed_one_resumes_to_them(tiny, text_f
     """SIGKILL after the first block's shard is there; the resumed run's shards equal an uninterrupted run's."""
     options = {"method": "batquant", "calibration": str(text_file), "settings": {"epochs": 2}, **FAST}
     one = microbat.quantize(tiny(), out=tmp_path / "one", **options)
+    assert len({file.stat().st_mode for file in one.iterdir()}) == 1  # whoever reads one file reads all
     two = microbat.quantize(tiny(), out=tmp_path / "two", **options)
     assert shard_hashes(one) == shard_hashes(two)
 

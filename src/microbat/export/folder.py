@@ -253,8 +253,11 @@ def _write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     from safetensors.torch import save_file
 
     temporary = path.with_suffix(".tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
     # One key of metadata at most: safetensors writes several in an order that changes from run to run.
     save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, metadata)
+    temporary.chmod(mode)  # safetensors leaves its files to their owner alone; a server may be somebody else
     os.replace(temporary, path)
 
 
