@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import microbat
 from microbat.formats.microscaling import MXFP4, MXFP8_E4M3
@@ -78,3 +79,26 @@ def test_generation_from_stored_codes(tiny, text_file, tmp_path, method, scheme)
 def test_a_16_bit_cache_is_refused(tiny):
     with pytest.raises(ValueError, match="leaves the cache in 16 bits"):
         QuantizedCache(microbat.load(tiny()))
+
+
+def test_the_map_of_values_goes_into_the_weights(tiny, text_file, tmp_path):
+    model = tiny("qwen2", hidden_size=128)
+    options = {"method": "batquant", "solver": "rtn", "calibration": str(text_file), "settings": {"epochs": 0}, **FAST}
+    bias = {}
+    for scheme in ("W4A8KV16", "W4A8KV4"):
+        out = microbat.quantize(model, out=tmp_path / scheme, scheme=scheme, **options)
+        stored = load_file(out / "microbat-block-000.safetensors")
+        assert not any("values" in name for name in stored)
+        bias[scheme] = stored["model.layers.0.self_attn.v_proj.bias"]
+    mapped = bias["W4A8KV16"].unflatten(-1, (-1, 32)) @ hadamard_32()
+    torch.testing.assert_close(bias["W4A8KV4"], mapped.flatten(-2))
+
+
+def hadamard_32():
+    return GPK(width=32, block=32, g1=8).blocks()[0].detach()
+
+
+def test_heads_that_no_block_divides_are_refused(tiny, text_file, tmp_path):
+    with pytest.raises(ValueError, match="a head has 16 lanes, not a multiple of mxfp4's block of 32 .* KV16"):
+        microbat.quantize(tiny(), out=tmp_path / "q", scheme="W4A8KV4", calibration=str(text_file), **FAST)
+    assert not (tmp_path / "q").exists()

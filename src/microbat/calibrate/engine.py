@@ -123,7 +123,13 @@ class _Runner:
 
 def preflight(checkpoint: Checkpoint, scheme: Scheme) -> None:
     """Raise before any work where a layer does not fit the scheme, naming the layer."""
-    family = checkpoint.family
+    family, lanes = checkpoint.family, checkpoint.head_dim
+    if scheme.cache and scheme.cache.format.block and lanes % scheme.cache.format.block:
+        raise ValueError(
+            f"the cache: a head has {lanes} lanes, not a multiple of {scheme.cache.format.name}'s block of "
+            f"{scheme.cache.format.block} (scheme {scheme.text}). Leave it in 16 bits with KV16, or choose a format whose "
+            "block divides it."
+        )
     model = checkpoint.skeleton()
     blocks = model.get_submodule(family.blocks)
     for index, block in enumerate(blocks):

@@ -21,7 +21,7 @@ from microbat.models.rotation import Rotation
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.scheme import Scheme
-from microbat.transforms.base import Transform
+from microbat.transforms.base import BlockDiagonal, Transform
 
 Quant = AbsMax | Clip
 
@@ -38,15 +38,47 @@ class SitePlan:
 
 @dataclass(kw_only=True)
 class Plan:
-    """What a method decided about one block. ``kv`` quantizes the cache of the module at ``attention``. ``latents`` are
-    weights that were learned along, by path: what the solver rounds instead of the float weight (absent: the float weight
-    itself)."""
+    """What a method decided about one block. ``kv`` quantizes the cache of the module at ``attention``; ``values`` maps the
+    values within each head, until training folds it into the weights. ``latents`` are weights that were learned along, by
+    path: what the solver rounds instead of the float weight (absent: the float weight itself)."""
 
     sites: list[SitePlan]
     kv: KVQuantizer | None = None
     attention: str = "self_attn"
+    values: BlockDiagonal | None = None
     latents: dict[str, Tensor] = field(default_factory=dict)
     loss: list[float] = field(default_factory=list)
+
+    def value_site(self) -> SitePlan | None:
+        """The site that reads the values, where every linear layer that makes or reads them is in the plan."""
+        planned = {path for site in self.sites for path in site.weights}
+        headed = (s for s in self.sites if s.site.headed and {s.site.producer, *s.site.consumers} <= planned)
+        return next(headed, None)
+
+    def map_values(
+        self, weights: dict[str, Tensor], biases: dict[str, Tensor | None]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+        """Weights [N, K] and biases [N] of linear layers, by path, around values that ``values`` maps.
+
+        The map goes into the rows that make the values, its inverse transpose into the columns that read them.
+        """
+        if self.values is None:
+            return weights, biases
+        weights, biases, lanes = dict(weights), dict(biases), self.values.width
+        for site in (plan.site for plan in self.sites if plan.site.headed):
+            if site.producer in weights:
+                weights[site.producer] = _by_head(self.values.forward, weights[site.producer].T, lanes).T
+            if biases.get(site.producer) is not None:
+                biases[site.producer] = _by_head(self.values.forward, biases[site.producer], lanes)
+            for path in (path for path in site.consumers if path in weights):
+                weights[path] = _by_head(self.values.inverse_t, weights[path], lanes)
+        return weights, biases
+
+
+def _by_head(transform: Callable[[Tensor], Tensor], x: Tensor, lanes: int) -> Tensor:
+    """``transform`` on the lanes of every head of ``x`` [..., heads x lanes]."""
+    with torch.autocast(x.device.type, enabled=False):
+        return transform(x.unflatten(-1, (-1, lanes))).flatten(-2)
 
 
 class BlockData(Protocol):

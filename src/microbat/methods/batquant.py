@@ -7,7 +7,8 @@ Dong, Yu, 2026. arXiv 2603.16590.
     (4)  P, a = argmin E || F(X) - F^(X; P, a) ||^2 per transformer block  (eq. 5)
 
 Transforms: one for q, k, v; one for o; one for gate and up; one for down (section 3.2). Weights are transformed and
-clipped offline; activations online.
+clipped offline; activations online. With a quantized cache also P_k, on keys after their position encoding, and P_v on
+values, folded into v_proj and o_proj; both act on a head's lanes and are shared by the heads.
 
 Where the paper is silent or fails on a real model, the defaults are what measured best (LOG.md); ``batquant-paper`` is
 the recipe as printed. See the fields for each. No code of the authors is public. Algorithm 2 prints the inverse where
@@ -17,11 +18,12 @@ only the inverse transpose is exact; that is what is used.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from microbat.formats.block import BlockFormat
 from microbat.kv import KVQuantizer
-from microbat.methods.base import BlockData, Plan, Preparer, Quant, Solver
+from microbat.methods.base import BlockData, Plan, Preparer, SitePlan, Solver
 from microbat.methods.learn import Inputs, Objective, Schedule, train_plan
 from microbat.quantizers.clip import Clip
-from microbat.transforms.base import Transform
+from microbat.transforms.base import BlockDiagonal
 from microbat.transforms.hadamard import BlockHadamard
 from microbat.transforms.kronecker import GPK, FullBlocks, Init, NaiveKronecker
 
@@ -65,7 +67,7 @@ class BATQuant(Preparer):
         for site in plan.sites:
             linears = {path: data.block.get_submodule(path) for path in site.site.consumers}
             width = next(iter(linears.values())).in_features
-            site.transform = self._transform(width, site.activation, next(iter(site.weights.values())), data)
+            site.transform = self._transform(width, _format(site), data, g=self.g)
             if self.clip and site.activation is not None:
                 site.activation = Clip(site.activation, shape=(width // site.activation.format.block_of(width),))
             if self.weight_clip:
@@ -74,31 +76,50 @@ class BATQuant(Preparer):
                     for path, q in site.weights.items()
                 }
         if plan.kv is not None:
+            self._map_values(plan, plan.kv.value.format, data)
             plan.kv = self._cache(plan.kv, data)
         schedule = Schedule(epochs=self.epochs, batch=self.batch, objective=self.objective, inputs=self.inputs)
         train_plan(data, plan, solver, lr=self.lr, clip_lr=self.clip_lr, schedule=schedule)
         return plan
 
     def _cache(self, kv: KVQuantizer, data: BlockData) -> KVQuantizer:
-        """P_k on keys after their position encoding, shared by the heads, and a clip for each block of a head's lanes."""
+        """P_k, and a clip for each block of a head's lanes."""
         lanes = data.head_dim
         key, value = kv.key, kv.value
-        transform = self._transform(lanes, key, key, data)
+        transform = self._transform(lanes, key.format, data)
         if self.clip:
             key, value = (Clip(q, shape=(lanes // q.format.block_of(lanes),)) for q in (key, value))
         return KVQuantizer(key, value, transform)
 
-    def _transform(self, width: int, activation: Quant | None, weight: Quant, data: BlockData) -> Transform | None:
-        format = (activation or weight).format
-        block = self.g or format.block_of(width)
+    def _map_values(self, plan: Plan, format: BlockFormat, data: BlockData) -> None:
+        """P_v. What o then receives is transformed by P_v P_o, of which only P_o runs online: it starts as the identity where
+        both have blocks of one size. A family closed under products loses nothing by it (sheet: P_v^-1 merged into P_o).
+        """
+        site = plan.value_site()
+        if site is None or self.transform == "none":
+            return
+        plan.values = self._transform(data.head_dim, format, data)
+        if plan.values.block == site.transform.block:
+            site.transform = self._transform(site.transform.width, _format(site), data, g=self.g, init="identity")
+
+    def _transform(
+        self, width: int, format: BlockFormat, data: BlockData, *, g: int = 0, init: Init | None = None
+    ) -> BlockDiagonal | None:
+        block, init = g or format.block_of(width), init or self.init
         if self.transform == "none":
             return None
         if self.transform == "hadamard":
-            return BlockHadamard(width=width, block=block)
+            return None if init == "identity" else BlockHadamard(width=width, block=block)
         if self.transform == "full":
-            return FullBlocks(width=width, block=block, init=self.init, generator=data.generator)
+            return FullBlocks(width=width, block=block, init=init, generator=data.generator)
         kind = GPK if self.transform == "gpk" else NaiveKronecker
-        return kind(width=width, block=block, g1=self.g1, init=self.init, generator=data.generator)
+        return kind(width=width, block=block, g1=self.g1, init=init, generator=data.generator)
+
+
+def _format(site: SitePlan) -> BlockFormat:
+    """The format whose blocks the site's transform is aligned with."""
+    quantizer = site.activation or next(iter(site.weights.values()))
+    return quantizer.inner.format if isinstance(quantizer, Clip) else quantizer.format
 
 
 @dataclass(frozen=True, kw_only=True)

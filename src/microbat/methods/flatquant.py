@@ -5,8 +5,9 @@
     (2)  weights clipped per row, activations per token, at learned shares of their extremes
     (3)  P, c and the shares minimise the squared error of each block's output, inputs from the float model
 
-P splits the width as evenly as it divides; before o into heads and head (so that the second factor could be folded into
-v; here both run online: with a 16-bit cache the values are the same and only the cost differs). c starts at
+P splits the width as evenly as it divides; before o into heads and head. With a quantized cache the values have a matrix
+of their own, folded into v and o, and the second factor before o starts as the identity; the authors fold that factor
+into v whatever the cache, and run only the first online: the same family at less cost. c starts at
 max|W|^(1 - a) / max|X|^a with a = 0.3 and is folded into the norm, or into the rows of up, in the end; o has none.
 Recipe: the authors' code (sheet B7), with their weight decay of 0.01 left out. With power-of-two scales a clip must clamp
 the values, since a change of the scale alone means nothing.
@@ -60,11 +61,21 @@ class FlatQuant(Preparer):
             key, value = (Clip(q, shape=(1,), whole=True) for q in (plan.kv.key, plan.kv.value))
             square = FullBlocks(width=lanes, block=lanes, init="orthogonal", generator=data.generator)
             plan.kv = KVQuantizer(key, value, square)
+            self._map_values(plan, data)
         schedule = Schedule(epochs=self.epochs, batch=self.batch, objective=self.objective, inputs=self.inputs)
         train_plan(data, plan, solver, lr=self.lr, clip_lr=self.clip_lr, schedule=schedule)
         for site in plan.sites:
             _fold_scale(data.block, site, plan.latents)
         return plan
+
+    def _map_values(self, plan: Plan, data: BlockData) -> None:
+        """A matrix for the lanes of the values; that before o starts by mixing heads alone."""
+        site = plan.value_site()
+        if site is not None:
+            lanes = data.head_dim
+            plan.values = FullBlocks(width=lanes, block=lanes, init="orthogonal", generator=data.generator)
+            with torch.no_grad():
+                site.transform.R.copy_(torch.eye(lanes))
 
     def _start(self, data: BlockData, site: SitePlan) -> None:
         """The untrained transform and clips of one site."""

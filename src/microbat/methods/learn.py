@@ -56,7 +56,7 @@ def train_plan(data: BlockData, plan: Plan, solver: Solver, *, lr: float, clip_l
     Leaves the trained weights in ``plan.latents`` and the loss of each step in ``plan.loss``.
     """
     weights = {path: data.block.get_submodule(path).weight for site in plan.sites for path in site.weights}
-    transforms = [*(site.transform for site in plan.sites), plan.kv and plan.kv.transform]
+    transforms = [*(site.transform for site in plan.sites), plan.kv and plan.kv.transform, plan.values]
     quantizers = [q for site in plan.sites for q in (site.activation, *site.weights.values())]
     quantizers += [plan.kv.key, plan.kv.value] if plan.kv else []
     groups: list[tuple[list[nn.Parameter], float]] = [
@@ -68,6 +68,21 @@ def train_plan(data: BlockData, plan: Plan, solver: Solver, *, lr: float, clip_l
         groups += [([w], solver.weight_lr * w.detach().square().mean().sqrt().item()) for w in weights.values()]
     plan.loss = train(data, data.faked(plan, weights), groups, schedule)
     plan.latents = {path: w.detach() for path, w in weights.items()}
+    fold_values(data.block, plan)
+
+
+@torch.no_grad()
+def fold_values(block: nn.Module, plan: Plan) -> None:
+    """Move the map of the values into the weights that make and that read them: it costs nothing when the model runs."""
+    paths = [p for site in plan.sites if site.site.headed for p in (site.site.producer, *site.site.consumers)]
+    linears = {path: block.get_submodule(path) for path in paths}
+    biases = {path: linear.bias for path, linear in linears.items()}
+    weights, biases = plan.map_values({path: linear.weight for path, linear in linears.items()}, biases)
+    plan.latents, _ = plan.map_values(plan.latents, dict.fromkeys(plan.latents))
+    for path, linear in linears.items():
+        linear.weight = nn.Parameter(weights[path], requires_grad=False)
+        linear.bias = None if biases[path] is None else nn.Parameter(biases[path], requires_grad=False)
+    plan.values = None
 
 
 def train(
