@@ -22,12 +22,14 @@ from microbat.formats.block import BlockFormat
 from microbat.kv import KVQuantizer
 from microbat.methods.base import BlockData, Plan, Preparer, SitePlan, Solver
 from microbat.methods.learn import Inputs, Objective, Schedule, train_plan
+from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
-from microbat.transforms.base import BlockDiagonal
+from microbat.transforms.base import BlockDiagonal, Transform
 from microbat.transforms.hadamard import BlockHadamard
-from microbat.transforms.kronecker import GPK, FullBlocks, Init, NaiveKronecker
+from microbat.transforms.kronecker import GPK, FullBlocks, Init, Kronecker, NaiveKronecker, balanced_split
 
-Kind = Literal["gpk", "naive_kron", "full", "hadamard", "none"]
+Kind = Literal["gpk", "naive_kron", "full", "hadamard", "none", "global"]  # global: FlatQuant's, across the whole width
+Scope = Literal["block", "global"]  # whose extremes a clip takes a share of: a block's, or the whole row's or token's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class BATQuant(Preparer):
     clip: bool = True
     clip_lr: float = 2e-2  # unstated; 10 x the paper's rate, as FlatQuant
     weight_clip: bool = True
+    clip_scope: Scope = "block"  # global: Table 4's counterpart
     epochs: int = 3
     batch: int = 1  # more steps serve better than larger ones; the paper's is 4
     objective: Objective = "relative"  # the paper's mse fails on massive activations, LOG.md
@@ -69,11 +72,10 @@ class BATQuant(Preparer):
             width = next(iter(linears.values())).in_features
             site.transform = self._transform(width, _format(site), data, g=self.g)
             if self.clip and site.activation is not None:
-                site.activation = Clip(site.activation, shape=(width // site.activation.format.block_of(width),))
+                site.activation = self._clip(site.activation, width)
             if self.weight_clip:
                 site.weights = {
-                    path: Clip(q, shape=(linears[path].out_features, width // q.format.block_of(width)))
-                    for path, q in site.weights.items()
+                    path: self._clip(q, width, linears[path].out_features) for path, q in site.weights.items()
                 }
         if plan.kv is not None:
             self._map_values(plan, plan.kv.value.format, data)
@@ -88,15 +90,20 @@ class BATQuant(Preparer):
         key, value = kv.key, kv.value
         transform = self._transform(lanes, key.format, data)
         if self.clip:
-            key, value = (Clip(q, shape=(lanes // q.format.block_of(lanes),)) for q in (key, value))
+            key, value = self._clip(key, lanes), self._clip(value, lanes)
         return KVQuantizer(key, value, transform)
+
+    def _clip(self, quantizer: AbsMax, width: int, *rows: int) -> Clip:
+        whole = self.clip_scope == "global"
+        blocks = 1 if whole else width // quantizer.format.block_of(width)
+        return Clip(quantizer, shape=(*rows, blocks), whole=whole)
 
     def _map_values(self, plan: Plan, format: BlockFormat, data: BlockData) -> None:
         """P_v. What o then receives is transformed by P_v P_o, of which only P_o runs online: it starts as the identity where
         both have blocks of one size. A family closed under products loses nothing by it (sheet: P_v^-1 merged into P_o).
         """
         site = plan.value_site()
-        if site is None or self.transform == "none":
+        if site is None or not isinstance(site.transform, BlockDiagonal):
             return
         plan.values = self._transform(data.head_dim, format, data)
         if plan.values.block == site.transform.block:
@@ -104,12 +111,14 @@ class BATQuant(Preparer):
 
     def _transform(
         self, width: int, format: BlockFormat, data: BlockData, *, g: int = 0, init: Init | None = None
-    ) -> BlockDiagonal | None:
+    ) -> Transform | None:
         block, init = g or format.block_of(width), init or self.init
         if self.transform == "none":
             return None
         if self.transform == "hadamard":
             return None if init == "identity" else BlockHadamard(width=width, block=block)
+        if self.transform == "global":
+            return Kronecker(width=width, left=balanced_split(width), init=init, generator=data.generator)
         if self.transform == "full":
             return FullBlocks(width=width, block=block, init=init, generator=data.generator)
         kind = GPK if self.transform == "gpk" else NaiveKronecker
