@@ -52,6 +52,9 @@ def test_cells_are_rows_times_schemes_times_the_seeds_that_matter(tmp_path):
     ]
     recipe = next(cell.recipe for cell in cells if cell.label == "BATQuant + GPTQ")
     assert (recipe.model, recipe.num_calibration_samples, recipe.max_seq_length) == ("some/model", 6, 32)
+    some = {"label": "GPTQ", "method": "gptq", "schemes": ["W4A8KV16"], "seeds": [4]}
+    wider = read(tmp_path, GOOD | {"rows": [*GOOD["rows"], some]}).cells()
+    assert [cell.name for cell in wider if cell.label == "GPTQ"] == ["gptq-w4a8kv16-seed4"]
     varied = [cell for cell in cells if cell.group == "Sizes"]
     assert len(varied) == 2 * 2 * 2
     assert varied[1].varied == {"g": 16, "g1": 8}
@@ -65,9 +68,17 @@ def test_the_quick_form_replaces_entries_of_sections_and_whole_lists(tmp_path):
     assert (suite.seeds, suite.ablations, len(suite.cells())) == ((3,), (), 6)
 
 
-def test_model_and_text_can_be_given_from_outside(tmp_path):
-    suite = read(tmp_path, {**GOOD, "evaluation": {"windows": 3}}, model="other/model", text="words.txt", quick=True)
+def test_model_calibration_and_text_can_be_given_from_outside(tmp_path):
+    suite = read(
+        tmp_path,
+        {**GOOD, "evaluation": {"windows": 3}},
+        model="other/model",
+        calibration="c.txt",
+        text="words.txt",
+        quick=True,
+    )
     assert {cell.recipe.model for cell in suite.cells()} == {"other/model"}
+    assert {cell.recipe.calibration for cell in suite.cells()} == {"c.txt"}
     assert (suite.evaluation.text, suite.evaluation.windows) == ("words.txt", 3)
 
 
@@ -97,6 +108,8 @@ def row(**fields) -> dict:
         (row(num_calibration_samples="few"), "row 'Mine': entry num_calibration_samples='few'"),
         (row(num_calibration_samples=0), "row 'Mine': num_calibration_samples=0 must be at least 1"),
         (row(scheme="W4A4"), "row 'Mine': 'scheme' is for the whole suite to say"),
+        (row(method="rtn", schemes=["W8A8"]), "row 'Mine': 'W8A8' is not among the suite's schemes"),
+        (row(method="rtn", seeds=[9]), "row 'Mine': 9 is not among the suite's seeds"),
         (changed(rows=[{"method": "rtn"}]), "row 1: it has no label"),
         (changed(rows=[]), "rows is empty"),
         (changed(rows={"RTN": {}}), "rows is a list"),

@@ -143,6 +143,7 @@ def evaluate(
 def compare(
     suite: Annotated[Path, typer.Option(help="A YAML file: model, schemes, seeds and rows; see suites/.")],
     model: Annotated[str, typer.Option(help="A folder or a name on the hub, instead of the suite's.")] = "",
+    calibration: Annotated[str, typer.Option(help="A calibration source, instead of the suite's.")] = "",
     text: Annotated[str, typer.Option(help="An evaluation text, instead of the suite's.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="The suite's quick form.")] = False,
     out: Annotated[
@@ -157,7 +158,7 @@ def compare(
 
     place = out or Path("microbat-compare") / (suite.stem + ("-quick" if quick else ""))
     with _errors():
-        result = run(suite, out=place, model=model, text=text, quick=quick)
+        result = run(suite, out=place, model=model, calibration=calibration, text=text, quick=quick)
     _print_comparison(result)
     console.print(f"{place / 'comparison.json'}, page {place / 'comparison.html'}", soft_wrap=True)
     if any(entry["failed"] for group in result["groups"] for entry in group["entries"]):

@@ -30,15 +30,15 @@ QUALITY = ("perplexity", "ratio", "kl", "top1")
 
 
 def compare(
-    suite: str | Path, *, out: str | Path, model: str = "", text: str = "", quick: bool = False
+    suite: str | Path, *, out: str | Path, model: str = "", calibration: str = "", text: str = "", quick: bool = False
 ) -> dict[str, Any]:
     """Run the suite in a YAML file (see :mod:`microbat.suite`) into the folder ``out``; the content of comparison.json.
 
-    ``model`` and ``text`` replace the suite's own, ``quick`` takes its quick form. Raises ValueError, before any work,
+    ``model``, ``calibration`` and ``text`` replace the suite's own, ``quick`` takes its quick form. Raises ValueError, before any work,
     for whatever is wrong with the suite, and for a folder that holds another comparison. A cell that fails on the way,
     say because its training diverges, is recorded with the reason and does not stop the others.
     """
-    chosen = Suite.read(Path(suite), model=model, text=text, quick=quick)
+    chosen = Suite.read(Path(suite), model=model, calibration=calibration, text=text, quick=quick)
     place = Path(out)
     _check(chosen, place)
     (place / "tokens").mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ A suite is a YAML file:
     seeds: [0, 1]                                             # for what trains or starts at random
     rows:
       - {label: BATQuant + GPTQ, method: batquant, solver: gptq, settings: {epochs: 3}}    # and other fields of a Recipe
+      - {label: BATQuant + RTN, method: batquant, solver: rtn, schemes: [W4A4KV16], seeds: [0]}    # some of the suite's
     ablations:
       - title: Transform block size
         row: {label: BATQuant, method: batquant, solver: gptq}
@@ -60,10 +61,12 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A labelled method: ``fields`` of a Recipe."""
+    """A labelled method: ``fields`` of a Recipe. Under which of the suite's schemes and seeds it runs; empty: all."""
 
     label: str
     fields: dict[str, Any]
+    schemes: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,10 @@ class Suite:
         for name in ("schemes", "rows", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; at least one is needed")
+        for row in self.rows:
+            for name in ("schemes", "seeds"):
+                for value in set(getattr(row, name)) - set(getattr(self, name)):
+                    raise ValueError(f"row {row.label!r}: {value!r} is not among the suite's {name}")
         seen: dict[str, Cell] = {}
         for cell in self.cells():
             if cell.name in seen:
@@ -121,8 +128,11 @@ class Suite:
             seen[cell.name] = cell
 
     @classmethod
-    def read(cls, path: Path, *, model: str = "", text: str = "", quick: bool = False) -> "Suite":
-        """The suite in a YAML file, ``model`` and ``text`` in place of its own; its quick form is checked in any case."""
+    def read(
+        cls, path: Path, *, model: str = "", calibration: str = "", text: str = "", quick: bool = False
+    ) -> "Suite":
+        """The suite in a YAML file, with the given ``model``, ``calibration`` source and evaluation ``text`` in place of its
+        own; its quick form is checked in any case."""
         with _naming(f"suite {path}"):
             content = _mapping(yaml.safe_load(path.read_text(encoding="utf-8")), "a suite")
             content = content | ({"model": model} if model else {})
@@ -130,6 +140,7 @@ class Suite:
             if quick and not changes:
                 raise ValueError("it has no section 'quick'")
             given = {"evaluation": {"text": text}} if text else {}
+            given |= {"calibration": {"source": calibration}} if calibration else {}
             whole, short = (cls._parse(_merged(_merged(content, form), given)) for form in ({}, changes))
         return short if quick else whole
 
@@ -151,22 +162,25 @@ class Suite:
         """Every run, those of the first seed first; what the seed does not change runs once."""
         made = [
             Cell(label=row.label, recipe=recipe)
-            for first, seed, scheme in _grid(self.seeds, self.schemes)
+            for seed, scheme in itertools.product(self.seeds, self.schemes)
             for row in self.rows
-            if (recipe := self._recipe(row, row.fields, scheme, seed, first)) is not None
+            if scheme in (row.schemes or self.schemes) and seed in (row.seeds or self.seeds)
+            if (recipe := self._recipe(row, row.fields, scheme, seed, row.seeds or self.seeds)) is not None
         ]
         for ablation in self.ablations:
-            for first, seed, scheme in _grid(ablation.seeds, ablation.schemes):
+            for seed, scheme in itertools.product(ablation.seeds, ablation.schemes):
                 for values in itertools.product(*ablation.vary.values()):
                     varied = dict(zip(ablation.vary, values, strict=True))
                     fields = {**ablation.row.fields, "settings": {**ablation.row.fields.get("settings", {}), **varied}}
                     label = ", ".join(f"{key}={value}" for key, value in varied.items())
-                    recipe = self._recipe(ablation.row, fields, scheme, seed, first)
+                    recipe = self._recipe(ablation.row, fields, scheme, seed, ablation.seeds)
                     if recipe is not None:
                         made.append(Cell(label=label, recipe=recipe, group=ablation.title, varied=varied))
         return made
 
-    def _recipe(self, row: Row, fields: dict[str, Any], scheme: str, seed: int, first: bool) -> Recipe | None:
+    def _recipe(
+        self, row: Row, fields: dict[str, Any], scheme: str, seed: int, seeds: tuple[int, ...]
+    ) -> Recipe | None:
         """The checked recipe, or None for a further seed of what the seed does not change."""
         shared = {
             "calibration": self.calibration.source,
@@ -177,11 +191,7 @@ class Suite:
             recipe = Recipe(model=self.model, scheme=scheme, seed=seed, **{**shared, **fields})
             preparers, solver = recipe.methods()
             recipe.parsed_scheme()
-        return recipe if first or any(method.seeded for method in (*preparers, solver)) else None
-
-
-def _grid(seeds: tuple[int, ...], schemes: tuple[str, ...]) -> Iterator[tuple[bool, int, str]]:
-    return ((seed == seeds[0], seed, scheme) for seed in seeds for scheme in schemes)
+        return recipe if seed == seeds[0] or any(method.seeded for method in (*preparers, solver)) else None
 
 
 def _merged(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +210,8 @@ def _row(content: Any, what: str) -> Row:
         for name in AXES:
             if name in content:
                 raise ValueError(f"{name!r} is for the whole suite to say, not for a row")
-        return Row(label=label, fields=_typed(Recipe, content, hidden=AXES))
+        places = {name: tuple(_list(content.pop(name, []), name)) for name in ("schemes", "seeds")}
+        return Row(label=label, fields=_typed(Recipe, content, hidden=AXES), **places)
 
 
 def _ablation(content: Any, shared: dict[str, Any], what: str) -> Ablation:
@@ -209,7 +220,10 @@ def _ablation(content: Any, shared: dict[str, Any], what: str) -> Ablation:
         if not content["title"] or not content.get("vary"):
             raise ValueError("it needs a title, a row, and settings to vary")
     with _naming(f"ablation {content['title']!r}"):
-        return _build(Ablation, {**content, "row": _row(content.get("row"), "its row")})
+        row = _row(content.get("row"), "its row")
+        if row.schemes or row.seeds:
+            raise ValueError("schemes and seeds are for the ablation to say, not for its row")
+        return _build(Ablation, {**content, "row": row})
 
 
 def _build(kind: type[T], content: dict[str, Any]) -> T:
