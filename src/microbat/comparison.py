@@ -34,9 +34,9 @@ def compare(
 ) -> dict[str, Any]:
     """Run the suite in a YAML file (see :mod:`microbat.suite`) into the folder ``out``; the content of comparison.json.
 
-    ``model``, ``calibration`` and ``text`` replace the suite's own, ``quick`` takes its quick form. Raises ValueError, before any work,
-    for whatever is wrong with the suite, and for a folder that holds another comparison. A cell that fails on the way,
-    say because its training diverges, is recorded with the reason and does not stop the others.
+    ``model``, ``calibration`` and ``text`` replace the suite's own, ``quick`` takes its quick form. Raises ValueError, before
+    any work, for whatever is wrong with the suite, and for a folder that holds another comparison. A cell that fails on the
+    way, say because its training diverges, is recorded with the reason and does not stop the others.
     """
     chosen = Suite.read(Path(suite), model=model, calibration=calibration, text=text, quick=quick)
     place = Path(out)

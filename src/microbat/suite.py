@@ -61,7 +61,8 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A labelled method: ``fields`` of a Recipe. Under which of the suite's schemes and seeds it runs; empty: all."""
+    """A labelled method: ``fields`` of a Recipe. ``schemes`` and ``seeds``: those of the suite's under which it
+    runs; empty for all."""
 
     label: str
     fields: dict[str, Any]
@@ -115,10 +116,6 @@ class Suite:
         for name in ("schemes", "rows", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; at least one is needed")
-        for row in self.rows:
-            for name in ("schemes", "seeds"):
-                for value in set(getattr(row, name)) - set(getattr(self, name)):
-                    raise ValueError(f"row {row.label!r}: {value!r} is not among the suite's {name}")
         seen: dict[str, Cell] = {}
         for cell in self.cells():
             if cell.name in seen:
@@ -142,6 +139,9 @@ class Suite:
             given = {"evaluation": {"text": text}} if text else {}
             given |= {"calibration": {"source": calibration}} if calibration else {}
             whole, short = (cls._parse(_merged(_merged(content, form), given)) for form in ({}, changes))
+            for row, name in itertools.product(whole.rows, ("schemes", "seeds")):
+                for value in set(getattr(row, name)) - set(getattr(whole, name)):
+                    raise ValueError(f"row {row.label!r}: {value!r} is not among the suite's {name}")
         return short if quick else whole
 
     @classmethod
