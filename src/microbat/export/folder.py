@@ -106,7 +106,7 @@ def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tens
 
 def _describe(quantizer: AbsMax | Clip) -> dict[str, Any]:
     if isinstance(quantizer, Clip):
-        return {**_describe(quantizer.inner), "clips_whole": quantizer.whole}
+        return {**_describe(quantizer.inner), **({"clips_whole": True} if quantizer.whole else {})}
     return {"format": quantizer.format.name, "scale_rule": quantizer.rule}
 
 
@@ -160,7 +160,7 @@ def _read_transform(entry: dict[str, Any], own: dict[str, Tensor]) -> Transform:
 
 def _read_quantizer(entry: dict[str, Any], clip: Tensor | None, formats: dict[str, BlockFormat]) -> AbsMax | Clip:
     quantizer = AbsMax(format=pick("format", entry["format"], formats), rule=entry["scale_rule"])
-    return quantizer if clip is None else Clip(quantizer, clip, whole=entry["clips_whole"])
+    return quantizer if clip is None else Clip(quantizer, clip, whole=entry.get("clips_whole", False))
 
 
 def transforms() -> dict[str, type[Transform]]:
