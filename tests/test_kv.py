@@ -11,7 +11,6 @@ from microbat.formats.microscaling import MXFP4, MXFP8_E4M3
 from microbat.kv import KVQuantizer
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
-from microbat.runtime.cache import QuantizedCache
 from microbat.transforms.kronecker import GPK
 
 FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float32"}
@@ -68,7 +67,7 @@ def test_generation_from_stored_codes(tiny, text_file, tmp_path, method, scheme)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
         plain = model.generate(prompt, **options)
-        cache = QuantizedCache(model)
+        cache = microbat.QuantizedCache(model)
         stored = model.generate(prompt, past_key_values=cache, **options)
     assert torch.equal(plain, stored)
     tokens, lanes, heads, blocks = stored.shape[1] - 1, 32, 2, 2
@@ -78,7 +77,7 @@ def test_generation_from_stored_codes(tiny, text_file, tmp_path, method, scheme)
 
 def test_a_16_bit_cache_is_refused(tiny):
     with pytest.raises(ValueError, match="leaves the cache in 16 bits"):
-        QuantizedCache(microbat.load(tiny()))
+        microbat.QuantizedCache(microbat.load(tiny()))
 
 
 def test_the_map_of_values_goes_into_the_weights(tiny, text_file, tmp_path):

@@ -11,6 +11,7 @@ import importlib
 from typing import Any
 
 _WHERE = {
+    "QuantizedCache": "microbat.runtime.cache",
     "Recipe": "microbat.recipe",
     "compare": "microbat.comparison",
     "evaluate": "microbat.pipeline",
@@ -19,7 +20,7 @@ _WHERE = {
     "run": "microbat.pipeline",
     "write_report": "microbat.pipeline",
 }
-__all__ = ["Recipe", "compare", "evaluate", "load", "quantize", "run", "write_report"]
+__all__ = ["QuantizedCache", "Recipe", "compare", "evaluate", "load", "quantize", "run", "write_report"]
 
 
 def __getattr__(name: str) -> Any:
