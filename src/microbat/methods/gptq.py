@@ -22,8 +22,9 @@ from torch import Tensor
 
 from microbat.formats.block import QTensor
 from microbat.methods.base import Quant, Solution, Solver, Statistics
-from microbat.quantizers.base import AbsMax, Scales
+from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
+from microbat.quantizers.kernel import round_blocks
 
 DAMPING_TRIES = 6
 LAZY_COLUMNS = 32  # columns rounded before the rest is updated, where the format has no blocks of its own
@@ -74,30 +75,31 @@ def inverse_cholesky(hessian: Tensor, damping: float, dead: Tensor) -> tuple[Ten
 
 
 def _round_columns(weight: Tensor, factor: Tensor, quantizer: AbsMax) -> QTensor:
-    """The column loop; scales of a block are taken when its turn comes, from the weights as updated by then."""
-    columns = weight.shape[1]
+    """The column loop; scales of a block are taken when its turn comes, from the weights as updated by then.
+
+    Columns are laid out one after the other, [K, N], so that each step reads and writes a run of memory.
+    """
+    columns, element = weight.shape[1], quantizer.format.element
     block = quantizer.format.block_of(columns)
-    work = weight.clone()
+    work_KN = weight.T.contiguous()
     # A scale of the whole tensor, or of a whole row, is fixed before the loop; block scales are replaced in turn.
     scales = quantizer.scales(weight)
-    block_scales, codes = [], torch.empty_like(weight, dtype=torch.uint8)
+    block_scales, values_KN = [], torch.empty_like(work_KN)
     lazy = block if block < columns else LAZY_COLUMNS
     for start in range(0, columns, lazy):
         stop = min(start + lazy, columns)
         if block < columns:
-            scale = quantizer.scales_within(work[:, start:stop], scales.tensor)
+            scale = quantizer.scales_within(work_KN[start:stop].T, scales.tensor)
             block_scales.append(scale.block)
         else:
             scale = scales
-        errors = torch.empty(weight.shape[0], stop - start, dtype=work.dtype, device=work.device)
-        product = scale.product
+        scale_N = scale.product[:, 0].contiguous()
+        errors = torch.empty_like(work_KN[start:stop])
         for j in range(start, stop):
-            column = work[:, j : j + 1]
-            values = quantizer.round(column, Scales(block=product))
-            codes[:, j : j + 1] = quantizer.format.element.encode(values)
-            error = (column - values * product) / factor[j, j]
-            work[:, j + 1 : stop] -= error * factor[j, j + 1 : stop]
-            errors[:, j - start : j - start + 1] = error
-        work[:, stop:] -= errors @ factor[start:stop, stop:]
-    block = torch.cat(block_scales, dim=1) if block_scales else scales.block
-    return QTensor(format=quantizer.format, codes=codes, scales=block, tensor_scale=scales.tensor)
+            values_KN[j] = round_blocks(work_KN[j, :, None], scale_N, quantizer.format)[:, 0]
+            torch.div(work_KN[j] - values_KN[j] * scale_N, factor[j, j], out=errors[j - start])
+            work_KN[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
+        work_KN[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    block_scale = torch.cat(block_scales, dim=1) if block_scales else scales.block
+    codes = element.encode(values_KN.T.contiguous())
+    return QTensor(format=quantizer.format, codes=codes, scales=block_scale, tensor_scale=scales.tensor)

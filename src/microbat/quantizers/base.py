@@ -43,7 +43,7 @@ class AbsMax(Quantizer):
     """Each block's scale from its largest magnitude by ``rule``; round to nearest, ties to even.
 
     ``rule`` defaults to the one that serves the format best (:func:`microbat.formats.scales.default_rule`).
-    Two steps, so that GPTQ can freeze scales and round column by column.
+    Two steps, so that scales can be fixed before values are rounded.
     """
 
     format: BlockFormat
