@@ -110,23 +110,38 @@ def evaluate(
     windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 16,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     tasks: Annotated[
-        str, typer.Option(help="Benchmarks instead of a text, as piqa,arc_easy (extra: microbat[tasks]).")
+        str, typer.Option(help="Benchmarks instead of a text, as piqa,gsm8k (extra: microbat[tasks]).")
     ] = "",
     data: Annotated[Path | None, typer.Option(help="A folder of local jsonl copies of the benchmarks.")] = None,
     limit: Annotated[int | None, typer.Option(help="Items of each benchmark; all when not given.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="How answers are sampled: temperature, top_p, top_k, max_new_tokens, samples, ..."),
+    ] = None,
+    answers: Annotated[
+        Path, typer.Option(help="Where finished answers are kept; an interrupted run goes on from them.")
+    ] = Path("microbat-answers"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
 ) -> None:
     """Measure models side by side: perplexity, KL divergence and top-1 agreement with the float model, or benchmarks.
 
+    Benchmarks in the model's own words (gsm8k, math500, aime24, aime25, gpqa_diamond, humaneval, mbpp) also take the URL
+    of an OpenAI-compatible server as a model.
+
     Example: `microbat eval float=Qwen/Qwen3-0.6B mxfp4=qwen-mxfp4 --text wikitext-2-raw`
     """
     from microbat import pipeline
+    from microbat.evaluation.generation import Sampling
+    from microbat.recipe import parse_settings
 
     with _errors():
         named = dict(_named(m) for m in models)
+        sampling = Sampling.of(parse_settings(set_ or []))
         if tasks:
-            result = pipeline.evaluate_tasks(named, tasks.split(","), data=data, limit=limit, device=device)
+            result = pipeline.evaluate_tasks(
+                named, tasks.split(","), data=data, limit=limit, device=device, sampling=sampling, answers=answers
+            )
             _print_tasks(result)
         else:
             result = pipeline.evaluate(named, text=text, window=window, windows=windows, device=device)
@@ -169,10 +184,16 @@ def _print_tasks(result: dict[str, Any]) -> None:
     for column in ("model", *names, "recovery %"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, row in result["models"].items():
-        scores = [f"{t['score']:.3f} ± {t['stderr']:.3f}" for t in row["tasks"].values()]
+        scores = [_with_error(t["score"], t["stderr"], 3) + _remarks(t) for t in row["tasks"].values()]
         recovered = "" if row["recovery"] is None else f"{row['recovery']:.2f}"
         table.add_row(name, *scores, recovered)
     console.print(table)
+
+
+def _remarks(score: dict[str, Any]) -> str:
+    """What else must be known of a sampled benchmark's score: answers that nobody could judge, or that were cut off."""
+    remarks = [f"{score[kind]} {kind}" for kind in ("unparsed", "truncated") if score.get(kind)]
+    return f" ({', '.join(remarks)} of {score['n'] * score['samples']})" if remarks else ""
 
 
 @app.command()

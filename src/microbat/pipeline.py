@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -21,7 +22,10 @@ from torch import Tensor, nn
 from microbat.calibrate import data as calibration_data
 from microbat.calibrate.data import Calibration
 from microbat.calibrate.engine import Job, Precision, Record, calibrate, preflight
+from microbat.evaluation.benchmarks import BENCHMARKS, load_problems
+from microbat.evaluation.generation import Generate, OnTheSpot, Sampling, Served
 from microbat.evaluation.quality import compare, recovery
+from microbat.evaluation.sampled import run_sampled
 from microbat.evaluation.tasks import check_tasks, run_tasks
 from microbat.evaluation.text import load_text
 from microbat.evaluation.windows import tokenize
@@ -158,36 +162,77 @@ def evaluate_tasks(
     limit: int | None = None,
     device: str = "auto",
     reference: str = "float",
+    sampling: Sampling | None = None,
+    answers: Path = Path("microbat-answers"),
 ) -> dict[str, Any]:
-    """Benchmarks by lm-evaluation-harness for each of ``models``, and each one's recovery against ``reference``."""
-    check_tasks(tasks, data)
+    """Benchmarks for each of ``models``, and each one's recovery against ``reference``.
+
+    Tasks named in ``BENCHMARKS`` are answered in the model's own words, as ``sampling`` says (None: as in the paper);
+    finished answers are kept below ``answers``. All others are lm-evaluation-harness's. For the first kind, a model may
+    also be the URL of an OpenAI-compatible server. Recovery is None where it has no meaning: a served model without a reference, a reference at 0.
+    """
+    sampling = sampling or Sampling()
+    asked = {task: BENCHMARKS[task] for task in tasks if task in BENCHMARKS}
+    harness = [task for task in tasks if task not in asked]
     models = dict(models)
-    if reference not in models:
-        models = {reference: _float_model(next(iter(models.values()))), **models}
+    served = [name for name, path in models.items() if _is_url(path)]
+    if harness and served:
+        raise ValueError(
+            f"{', '.join(harness)} need a model's likelihoods: give {served[0]!r} as a folder, not a server"
+        )
+    check_tasks(harness, data)
+    problems = {task: load_problems(benchmark, data, limit) for task, benchmark in asked.items()}
+    first = next(iter(models.values()))
+    if reference not in models and not _is_url(first):
+        models = {reference: _float_model(first), **models}
     chosen = _device(device)
     scores: dict[str, dict[str, Any]] = {}
     for name, path in models.items():
-        model = load(path, device=chosen)
-        scores[name] = run_tasks(model, tokenizer_of(path), tasks, data=data, limit=limit)
+        scores[name] = {}
+        if _is_url(path):
+            generate: Generate = Served(url=str(path), sampling=sampling)
+        else:
+            model, tokenizer = load(path, device=chosen), tokenizer_of(path)
+            generate = OnTheSpot(model=model, tokenizer=tokenizer, sampling=sampling)
+            if harness:
+                scores[name] |= run_tasks(model, tokenizer, harness, data=data, limit=limit)
+        for task, benchmark in asked.items():
+            file = answers / name / f"{task}.jsonl"
+            scores[name][task] = run_sampled(benchmark, problems[task], generate, sampling, _identity(path), file)
     headline = {name: {task: _headline(r)[0] for task, r in results.items()} for name, results in scores.items()}
+    base = headline.get(reference, {})
     return {
-        "reference": reference,
+        "reference": reference if base else None,
         "models": {
             name: {
                 "tasks": {
                     t: dict(zip(("score", "stderr"), _headline(r), strict=True), **r) for t, r in results.items()
                 },
-                "recovery": recovery(headline[name], headline[reference]),
+                "recovery": recovery(headline[name], base) if base and all(base.values()) else None,
             }
             for name, results in scores.items()
         },
     }
 
 
-def _headline(result: dict[str, Any]) -> tuple[float, float]:
-    """A benchmark's one score and its standard error: length-normalised accuracy where it has that."""
+def _headline(result: dict[str, Any]) -> tuple[float, float | None]:
+    """A benchmark's one score and its standard error, if any: length-normalised accuracy where it has that."""
     key = "acc_norm" if result.get("acc_norm") is not None else "acc"
-    return result[key], result[f"{key}_stderr"]
+    return result[key], result.get(f"{key}_stderr")
+
+
+def _is_url(model: str | Path) -> bool:
+    return str(model).startswith(("http://", "https://"))
+
+
+def _identity(model: str | Path) -> str:
+    """What tells a model's answers from those of another: a microbat folder may be written anew at the same place."""
+    if _is_url(model):
+        return f"{Served(url=str(model), sampling=Sampling()).model} at {model}"
+    path = resolve(model)
+    if not folders.is_microbat_folder(path):
+        return str(path)
+    return f"{path}, recipe {hashlib.sha256((path / 'recipe.json').read_bytes()).hexdigest()[:16]}"
 
 
 def _float32_bytes(model: str | Path) -> int:
