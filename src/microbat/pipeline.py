@@ -169,7 +169,8 @@ def evaluate_tasks(
 
     Tasks named in ``BENCHMARKS`` are answered in the model's own words, as ``sampling`` says (None: as in the paper);
     finished answers are kept below ``answers``. All others are lm-evaluation-harness's. For the first kind, a model may
-    also be the URL of an OpenAI-compatible server. Recovery is None where it has no meaning: a served model without a reference, a reference at 0.
+    also be the URL of an OpenAI-compatible server. Recovery is None where it has no meaning: for a served model without
+    a reference, and where the reference scores 0.
     """
     sampling = sampling or Sampling()
     asked = {task: BENCHMARKS[task] for task in tasks if task in BENCHMARKS}
