@@ -131,6 +131,10 @@ def test_lists():
     assert "batquant" in methods
     assert "--set damping=0.01" in methods
     assert "qwen3" in run("list", "families")
+    benchmarks = run("list", "benchmarks")
+    assert "Avg@16" in benchmarks
+    assert "gpqa/gpqa_diamond.jsonl" in benchmarks
+    assert "arc_challenge" in benchmarks
     assert "W4A4KV16" in run("list", "schemes")
 
 

@@ -28,6 +28,7 @@ class Listed(StrEnum):
     methods = "methods"
     families = "families"
     schemes = "schemes"
+    benchmarks = "benchmarks"
 
 
 @contextlib.contextmanager
@@ -238,13 +239,14 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
 
 
 @app.command("list")
-def list_(what: Annotated[Listed, typer.Argument(help="formats, methods, families or schemes")]) -> None:
+def list_(what: Annotated[Listed, typer.Argument(help="formats, methods, families, schemes or benchmarks")]) -> None:
     """What there is to choose from."""
     {
         Listed.formats: _list_formats,
         Listed.methods: _list_methods,
         Listed.families: _list_families,
         Listed.schemes: _list_schemes,
+        Listed.benchmarks: _list_benchmarks,
     }[what]()
 
 
@@ -297,6 +299,20 @@ def _list_schemes() -> None:
             f"[bold]{text}[/]  " + ", ".join(f"{k} {q.format.name if q else 'float'}" for k, q in roles.items()),
             highlight=False,
         )
+
+
+def _list_benchmarks() -> None:
+    from microbat.evaluation.benchmarks import BENCHMARKS
+    from microbat.evaluation.tasks import task_names
+
+    table = Table(title="answered in the model's own words")
+    for column in ("benchmark", "score", "judge", "on the hub", "file below --data"):
+        table.add_column(column)
+    for name, benchmark in BENCHMARKS.items():
+        judge = benchmark.judge.__name__
+        table.add_row(name, f"Avg@{benchmark.samples}", judge, benchmark.hub[0], benchmark.file)
+    console.print(table)
+    console.print(f"by lm-evaluation-harness, from DATA/<name>/validation.jsonl too: {', '.join(task_names())}")
 
 
 if __name__ == "__main__":

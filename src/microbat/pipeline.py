@@ -230,7 +230,7 @@ def _identity(model: str | Path) -> str:
     """What tells a model's answers from those of another: a microbat folder may be written anew at the same place."""
     if _is_url(model):
         return f"{Served(url=str(model), sampling=Sampling()).model} at {model}"
-    path = resolve(model)
+    path = resolve(model).resolve()
     if not folders.is_microbat_folder(path):
         return str(path)
     return f"{path}, recipe {hashlib.sha256((path / 'recipe.json').read_bytes()).hexdigest()[:16]}"

@@ -27,6 +27,8 @@ pytest.importorskip("math_verify")
         ("18", "First I thought $\\boxed{17}$.\n\nBut no:\n\n$\\boxed{18}$", True),
         ("18", "The answer is 18.", True),
         ("18", "\\boxed{81}", False),
+        ("18", "**Answer:** $18$", True),
+        ("18", "She makes 9 * 2 = 18 and then", None),
         ("18", "I do not know.", None),
         ("18", "", None),
         ("18", "\\boxed{\\frac{1}{", None),

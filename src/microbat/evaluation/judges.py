@@ -17,11 +17,15 @@ FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.
 
 
 def maths(fields: Mapping[str, str]) -> Judge:
-    """Equality with ``fields["answer"]`` (LaTeX), what is boxed before all else: math-verify, which asks sympy."""
+    """Equality with ``fields["answer"]`` (LaTeX) of what is boxed or follows the word "answer".
+
+    A number that merely stands somewhere, as in an answer that was cut off, is no answer.
+    """
     verifier = _math_verify()
-    latex = verifier.LatexExtractionConfig(boxed_match_priority=0)
-    gold = verifier.parse(f"\\boxed{{{fields['answer']}}}", [latex], "no_fallback")
-    return _verified(gold, [latex, verifier.ExprExtractionConfig()], fields["answer"])
+    boxed = verifier.LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
+    named = verifier.ExprExtractionConfig(try_extract_without_anchor=False)
+    gold = verifier.parse(f"\\boxed{{{fields['answer']}}}", [boxed], "no_fallback")
+    return _verified(gold, [boxed, named], fields["answer"])
 
 
 def choice(fields: Mapping[str, str]) -> Judge:
