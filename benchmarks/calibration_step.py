@@ -152,7 +152,7 @@ class EagerGPK(nn.Module):
 
 
 class EagerClip(nn.Module):
-    """Clip, scale, round, by the kernel's plain functions; the straight-through estimator by detach."""
+    """Clip, scale, round, by the kernel's plain functions under autograd; a straight-through estimator each by detach."""
 
     def __init__(self, clip: Clip):
         super().__init__()
@@ -164,10 +164,13 @@ class EagerClip(nn.Module):
         low = self.clip.ratios[..., 0] * blocks.amin(-1).clamp(max=0)
         high = self.clip.ratios[..., 1] * blocks.amax(-1).clamp(min=0)
         clipped = torch.minimum(torch.maximum(blocks, low[..., None]), high[..., None])
-        scale = kernel.block_scale(clipped.detach(), torch.maximum(high, -low).detach(), None, format, rule)
-        rounded = kernel.round_blocks(clipped.detach(), scale, format) * scale[..., None]
-        passed = torch.where(clipped.abs() <= (scale * format.element.max)[..., None], clipped, clipped.detach())
-        return join_blocks(passed + (rounded - passed).detach(), x.shape[-1])
+        amax = torch.maximum(high, -low)
+        scale = kernel.block_scale(clipped.detach(), amax.detach(), None, format, rule)
+        rounded = kernel.round_blocks(clipped.detach(), scale, format)
+        scale = (scale * amax / amax.detach())[..., None]
+        scaled = clipped / scale
+        passed = torch.where(scaled.abs() <= format.element.max, scaled, scaled.detach())
+        return join_blocks((passed + (rounded - passed).detach()) * scale, x.shape[-1])
 
 
 if __name__ == "__main__":

@@ -76,13 +76,14 @@ def save_model(folder: Path, family: str, **overrides: object) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """``tiny("qwen3")``: the folder of a tiny float model, made once a session."""
-    made: dict[str, Path] = {}
+    """``tiny("qwen3", hidden_size=128)``: the folder of a tiny float model, made once a session."""
+    made: dict[tuple, Path] = {}
 
-    def get(family: str = "llama") -> Path:
-        if family not in made:
-            made[family] = save_model(tmp_path_factory.mktemp(family) / "model", family)
-        return made[family]
+    def get(family: str = "llama", **overrides: int) -> Path:
+        key = (family, *overrides.items())
+        if key not in made:
+            made[key] = save_model(tmp_path_factory.mktemp(family) / "model", family, **overrides)
+        return made[key]
 
     return get
 

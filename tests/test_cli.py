@@ -111,6 +111,7 @@ def test_eval_of_a_served_model(tmp_path, monkeypatch):
     models = json.loads((tmp_path / "n.json").read_text())["models"]
     assert [row["tasks"]["gsm8k"]["score"] for row in models.values()] == [1.0, 0.75]
     assert [row["recovery"] for row in models.values()] == [100.0, 75.0]
+    assert [row["recovery_stderr"] for row in models.values()] == [None, pytest.approx(25.0)]
     assert models["w4"]["tasks"]["gsm8k"]["stderr"] == pytest.approx(0.25)
     assert "0.750 ± 0.250 (1 unparsed of 4)" in output
     run("eval", "alone=http://w4", *command, "--json", tmp_path / "n.json")

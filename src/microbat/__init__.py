@@ -4,20 +4,23 @@ folder = microbat.quantize("Qwen/Qwen3-0.6B", out="qwen-mxfp4")
 model = microbat.load(folder)
 numbers = microbat.evaluate({"mxfp4": folder})
 page = microbat.write_report(folder, numbers)
+table = microbat.compare("suites/small.yaml", out="comparison")
 """
 
 import importlib
 from typing import Any
 
 _WHERE = {
+    "QuantizedCache": "microbat.runtime.cache",
     "Recipe": "microbat.recipe",
+    "compare": "microbat.comparison",
     "evaluate": "microbat.pipeline",
     "load": "microbat.pipeline",
     "quantize": "microbat.pipeline",
     "run": "microbat.pipeline",
     "write_report": "microbat.pipeline",
 }
-__all__ = ["Recipe", "evaluate", "load", "quantize", "run", "write_report"]
+__all__ = ["QuantizedCache", "Recipe", "compare", "evaluate", "load", "quantize", "run", "write_report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +20,7 @@ app = typer.Typer(
     help="Turn a pretrained language model into a 4-bit checkpoint that keeps its accuracy, and prove what was lost.",
 )
 console = Console()
+NAMES = {"perplexity": "perplexity", "ratio": "times float", "kl": "KL (nats)", "recovery": "recovery %"}
 
 
 class Listed(StrEnum):
@@ -153,6 +155,65 @@ def evaluate(
             json_out.write_text(json.dumps(result, indent=1) + "\n")
 
 
+@app.command()
+def compare(
+    suite: Annotated[Path, typer.Option(help="A YAML file: model, schemes, seeds and rows; see suites/.")],
+    model: Annotated[str, typer.Option(help="A folder or a name on the hub, instead of the suite's.")] = "",
+    calibration: Annotated[str, typer.Option(help="A calibration source, instead of the suite's.")] = "",
+    text: Annotated[str, typer.Option(help="An evaluation text, instead of the suite's.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="The suite's quick form.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to work in; microbat-compare/ and the suite's name when not given.")
+    ] = None,
+) -> None:
+    """Compare many methods, schemes and seeds on one model. An interrupted comparison goes on where it stopped.
+
+    Example: `microbat compare --suite suites/small.yaml --quick`
+    """
+    from microbat.comparison import compare as run
+
+    place = out or Path("microbat-compare") / (suite.stem + ("-quick" if quick else ""))
+    with _errors():
+        result = run(suite, out=place, model=model, calibration=calibration, text=text, quick=quick)
+    _print_comparison(result)
+    console.print(f"{place / 'comparison.json'}, page {place / 'comparison.html'}", soft_wrap=True)
+    if any(entry["failed"] for group in result["groups"] for entry in group["entries"]):
+        raise typer.Exit(1)
+
+
+def _print_comparison(result: dict[str, Any]) -> None:
+    for group in result["groups"]:
+        for scheme in dict.fromkeys(entry["scheme"] for entry in group["entries"]):
+            own = [entry for entry in group["entries"] if entry["scheme"] == scheme]
+            table = Table(title=f"{group['title'] or result['title']}, {scheme}")
+            metrics = (("perplexity", 2), ("ratio", 3), ("kl", 4))
+            for column in ("method", *(NAMES[name] for name, _ in metrics), "minutes"):
+                table.add_column(column, justify="left" if column == "method" else "right")
+            for entry in own:
+                cells = [_standing(entry, name, digits) for name, digits in metrics]
+                minutes = f"{entry['seconds'] / 60:.1f}" if "seconds" in entry else ""
+                table.add_row(Text(entry["label"]), *cells, minutes)
+            console.print(table)
+            if result["tasks"]:
+                rows = [("float", result["tasks"], "100")]
+                rows += [(e["label"], e["tasks"], _standing(e, "recovery", 2)) for e in own if "tasks" in e]
+                _print_scores(f"{table.title}: benchmarks", rows)
+            for entry in own:
+                for seed, reason in entry["failed"].items():
+                    console.print(f"{entry['label']}, seed {seed}: {reason}", style="red", markup=False, soft_wrap=True)
+    console.print(
+        "± over seeds where there are several, else over windows or items; * best, ≈ not distinguishable from the best",
+        style="dim",
+    )
+
+
+def _standing(entry: dict[str, Any], metric: str, digits: int) -> str:
+    if metric not in entry:
+        return "" if entry["seeds"] else "failed"
+    mark = {"best": "* ", "tied": "≈ "}.get(entry["standing"].get(metric, ""), "")
+    return mark + _with_error(entry[metric]["value"], entry[metric]["error"], digits)
+
+
 def _named(argument: str) -> tuple[str, str]:
     name, separator, path = argument.partition("=")
     return (name, path) if separator else (Path(argument).name, argument)
@@ -180,21 +241,25 @@ def _with_error(value: float, error: float | None, digits: int) -> str:
 
 
 def _print_tasks(result: dict[str, Any]) -> None:
-    table = Table(title=f"recovery against {result['reference']}" if result["reference"] else "benchmarks")
-    names = list(next(iter(result["models"].values()))["tasks"])
-    for column in ("model", *names, "recovery %"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    rows = []
     for name, row in result["models"].items():
-        scores = [_with_error(t["score"], t["stderr"], 3) + _remarks(t) for t in row["tasks"].values()]
-        recovered = "" if row["recovery"] is None else f"{row['recovery']:.2f}"
-        table.add_row(name, *scores, recovered)
+        scores = {task: {**s, "value": s["score"], "error": s["stderr"]} for task, s in row["tasks"].items()}
+        recovered = "" if row["recovery"] is None else _with_error(row["recovery"], row["recovery_stderr"], 2)
+        rows.append((name, scores, recovered))
+    _print_scores(f"recovery against {result['reference']}" if result["reference"] else "benchmarks", rows)
+
+
+def _print_scores(title: str, rows: list[tuple[str, dict[str, Any], str]]) -> None:
+    """One row per model: its name, its benchmarks' estimates, its recovery."""
+    from microbat.report.text import remarks
+
+    table = Table(title=title)
+    for column in ("model", *rows[0][1], NAMES["recovery"]):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, scores, recovered in rows:
+        cells = [_with_error(score["value"], score["error"], 3) + remarks(score) for score in scores.values()]
+        table.add_row(Text(name), *cells, recovered)
     console.print(table)
-
-
-def _remarks(score: dict[str, Any]) -> str:
-    """What else must be known of a sampled benchmark's score: answers that nobody could judge, or that were cut off."""
-    remarks = [f"{score[kind]} {kind}" for kind in ("unparsed", "truncated") if score.get(kind)]
-    return f" ({', '.join(remarks)} of {score['n'] * score['samples']})" if remarks else ""
 
 
 @app.command()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from microbat.formats.block import QTensor
+from microbat.kv import KVQuantizer
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.transforms.base import Transform
@@ -77,14 +78,18 @@ class QuantSite:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantBlock:
-    """A quantized transformer block as plain data: its sites, and the codes of each linear layer by its path."""
+    """A quantized transformer block as plain data: its sites, the codes of each linear layer by its path, and what
+    quantizes the cache of the module at ``attention`` (None: 16 bits)."""
 
     sites: tuple[QuantSite, ...]
     weights: dict[str, QTensor]
+    kv: KVQuantizer | None = None
+    attention: str = "self_attn"
 
 
 def install(block: nn.Module, quantized: QuantBlock, dtype: torch.dtype = torch.float32) -> None:
-    """Swap the linear layers of ``block`` that ``quantized`` names for :class:`QuantLinear` modules, in place."""
+    """Swap the linear layers of ``block`` that ``quantized`` names for :class:`QuantLinear` modules, and quantize its
+    cache, in place."""
     for site in quantized.sites:
         site_input = SiteInput(site.transform, site.quantizer, num_consumers=len(site.consumers))
         for path in site.consumers:
@@ -92,3 +97,5 @@ def install(block: nn.Module, quantized: QuantBlock, dtype: torch.dtype = torch.
             weight = quantized.weights[path].dequantize().to(dtype)
             bias = None if bias is None else bias.detach()
             block.set_submodule(path, QuantLinear(site_input, weight, bias))
+    if quantized.kv is not None:
+        block.get_submodule(quantized.attention).kv = quantized.kv

@@ -22,18 +22,17 @@ from torch import Tensor, nn
 from microbat.calibrate import data as calibration_data
 from microbat.calibrate.data import Calibration
 from microbat.calibrate.engine import Job, Precision, Record, calibrate, preflight
-from microbat.evaluation.benchmarks import BENCHMARKS, load_problems
-from microbat.evaluation.generation import Generate, OnTheSpot, Sampling, Served
-from microbat.evaluation.quality import compare, recovery
-from microbat.evaluation.sampled import run_sampled
-from microbat.evaluation.tasks import check_tasks, run_tasks
+from microbat.evaluation.generation import Sampling, Served
+from microbat.evaluation.quality import compare
+from microbat.evaluation.scores import Scores, Tasks, by_likelihood, recovered
 from microbat.evaluation.text import load_text
-from microbat.evaluation.windows import tokenize
+from microbat.evaluation.windows import Windows, tokenize
 from microbat.evaluation.windows import windows as cut_windows
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
-from microbat.methods.base import Quant
+from microbat.methods.base import ModelData, Preparer, Quant
 from microbat.models.base import Checkpoint, resolve
+from microbat.models.rotation import RotatedCheckpoint, Rotation
 from microbat.quantizers.clip import Clip
 from microbat.recipe import Recipe, describe, to_json
 from microbat.report.activations import activation_record
@@ -42,8 +41,8 @@ from microbat.runtime.load import load as load_folder
 from microbat.scheme import Scheme
 
 HELD_TOGETHER = 8 << 30  # bytes; models that fit are held together, so that they share the reference's passes
-PICTURED_LAYERS = 3  # activations that the report shows
-RUN_FILE, TOKENS_FILE = "run.json", "calibration.safetensors"
+PICTURED_LAYERS = 3  # worst activations that the report shows, beside the one that every run shows
+RUN_FILE, TOKENS_FILE, ROTATION_FILE = "run.json", "calibration.safetensors", "rotation.safetensors"
 
 
 def quantize(model: str | Path, *, out: str | Path, **fields: Any) -> Path:
@@ -51,28 +50,39 @@ def quantize(model: str | Path, *, out: str | Path, **fields: Any) -> Path:
     return run(Recipe(model=str(model), **fields), out)
 
 
-def run(recipe: Recipe, out: str | Path) -> Path:
-    """Quantize ``recipe.model`` into the folder ``out`` and return it.
-
-    Work in progress lies in ``<out>.partial``; a run that was interrupted goes on at the block where it stopped.
-    Raises ValueError for whatever is wrong with the request, before anything is computed.
-    """
-    started = time.perf_counter()
-    out = Path(out)
-    preparers, solver = recipe.methods()
+def check(recipe: Recipe) -> Checkpoint:
+    """The model of ``recipe``; raises ValueError for whatever is wrong with the request, before anything is computed."""
+    recipe.methods()
     scheme = recipe.parsed_scheme()
     calibration_data.check_source(recipe.calibration)
     if scheme.weight is None:
         raise ValueError(f"scheme {recipe.scheme!r} leaves weights in 16 bits: there is nothing to quantize")
-    if out.exists():
-        raise ValueError(f"output folder {out} exists; choose another or remove it")
     checkpoint = Checkpoint(resolve(recipe.model))
     if checkpoint.quant_method is not None:
         raise ValueError(f"{checkpoint.path} is quantized already ({checkpoint.quant_method}); give the float model")
     preflight(checkpoint, scheme)
+    return checkpoint
+
+
+def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: str = "") -> Path:
+    """Quantize ``recipe.model`` into the folder ``out`` and return it.
+
+    Work in progress lies in ``<out>.partial``; a run that was interrupted goes on at the block where it stopped.
+    ``tokens`` is a file of calibration tokens, as :func:`write_tokens` makes it, instead of tokens of this run's own.
+    ``title`` stands before the progress bar.
+    Raises ValueError for whatever is wrong with the request, before anything is computed.
+    """
+    started = time.perf_counter()
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"output folder {out} exists; choose another or remove it")
+    checkpoint = check(recipe)
+    preparers, solver = recipe.methods()
+    scheme = recipe.parsed_scheme()
     partial = _open_partial(out, recipe, checkpoint)
     device = _device(recipe.device)
-    calibration = _calibration(recipe, checkpoint, partial, device)
+    calibration = _calibration(recipe, checkpoint, tokens or partial / TOKENS_FILE, device)
+    checkpoint = _rotated(recipe, checkpoint, preparers, scheme, calibration, device, partial)
     job = Job(
         checkpoint=checkpoint,
         scheme=scheme,
@@ -84,7 +94,7 @@ def run(recipe: Recipe, out: str | Path) -> Path:
         device=device,
     )
     keeper = _FolderKeeper(partial)
-    with _progress(f"{recipe.method} {scheme.text}", checkpoint.num_blocks) as progress:
+    with _progress(title or f"{recipe.method} {scheme.text}", checkpoint.num_blocks) as progress:
         records = list(calibrate(job, keeper, _picture, progress))
     floats = {name: checkpoint.tensor(name) for name in checkpoint.names if not checkpoint.in_block(name)}
     folders.write_other(partial / folders.OTHER_SHARD, floats)
@@ -99,12 +109,23 @@ def run(recipe: Recipe, out: str | Path) -> Path:
     folders.finish(
         partial,
         out,
-        checkpoint.path,
+        checkpoint,
         _contract(scheme),
         {"recipe.json": made, "report.json": report},
-        [partial / RUN_FILE, partial / TOKENS_FILE, *keeper.record_files()],
+        [
+            partial / RUN_FILE,
+            *([] if tokens else [partial / TOKENS_FILE]),
+            *partial.glob(ROTATION_FILE),
+            *keeper.record_files(),
+        ],
     )
     return out
+
+
+def write_tokens(recipe: Recipe, file: Path) -> None:
+    """Make the calibration tokens of ``recipe`` in ``file``, for runs that share them, where it is not there yet."""
+    if not file.is_file():
+        _calibration(recipe, Checkpoint(resolve(recipe.model)), file, _device(recipe.device))
 
 
 def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
@@ -143,15 +164,19 @@ def evaluate(
     if reference not in models:
         models = {reference: _float_model(next(iter(models.values()))), **models}
     chosen = _device(device)
-    named = load_text(text)
-    tokenizer = tokenizer_of(models[reference])
-    cut = cut_windows(tokenize(named.text, tokenizer), window=window, limit=windows)
+    name, cut = text_windows(models[reference], text, window, windows)
     loaders = {name: partial(load, path, device=chosen) for name, path in models.items()}
     if sum(_float32_bytes(path) for path in models.values()) < HELD_TOGETHER:
         candidates: dict[str, Any] = {name: loader() for name, loader in loaders.items()}
     else:
         candidates = dict(loaders)
-    return {"text": named.name, **dataclasses.asdict(compare(candidates, reference, cut))}
+    return {"text": name, **dataclasses.asdict(compare(candidates, reference, cut))}
+
+
+def text_windows(model: str | Path, text: str, window: int, windows: int) -> tuple[str, Windows]:
+    """The text's full name, and its first ``windows`` windows in the tokens of ``model``."""
+    named = load_text(text)
+    return named.name, cut_windows(tokenize(named.text, tokenizer_of(model)), window=window, limit=windows)
 
 
 def evaluate_tasks(
@@ -167,59 +192,39 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Benchmarks for each of ``models``, and each one's recovery against ``reference``.
 
-    Tasks named in ``BENCHMARKS`` are answered in the model's own words, as ``sampling`` says (None: as in the paper);
-    finished answers are kept below ``answers``. All others are lm-evaluation-harness's. For the first kind, a model may
-    also be the URL of an OpenAI-compatible server. Recovery is None where it has no meaning: for a served model without
-    a reference, and where the reference scores 0.
+    ``tasks``, ``data``, ``limit`` and ``sampling`` (None: as in the paper) are those of :class:`Tasks`; finished answers
+    are kept below ``answers``. For benchmarks in the model's own words, a model may also be the URL of an
+    OpenAI-compatible server. Recovery is None where it has no meaning: for a served model without a reference, and where
+    the reference scores 0.
     """
-    sampling = sampling or Sampling()
-    asked = {task: BENCHMARKS[task] for task in tasks if task in BENCHMARKS}
-    harness = [task for task in tasks if task not in asked]
-    models = dict(models)
     served = [name for name, path in models.items() if _is_url(path)]
-    if harness and served:
+    if served and (harness := by_likelihood(tasks)):
         raise ValueError(
             f"{', '.join(harness)} need a model's likelihoods: give {served[0]!r} as a folder, not a server"
         )
-    check_tasks(harness, data)
-    problems = {task: load_problems(benchmark, data, limit) for task, benchmark in asked.items()}
+    chosen = Tasks(names=tuple(tasks), data=data, limit=limit, sampling=sampling or Sampling())
     first = next(iter(models.values()))
     if reference not in models and not _is_url(first):
         models = {reference: _float_model(first), **models}
-    chosen = _device(device)
-    scores: dict[str, dict[str, Any]] = {}
-    for name, path in models.items():
-        scores[name] = {}
-        if _is_url(path):
-            generate: Generate = Served(url=str(path), sampling=sampling)
-        else:
-            model, tokenizer = load(path, device=chosen), tokenizer_of(path)
-            generate = OnTheSpot(model=model, tokenizer=tokenizer, sampling=sampling)
-            if harness:
-                scores[name] |= run_tasks(model, tokenizer, harness, data=data, limit=limit)
-        for task, benchmark in asked.items():
-            file = answers / name / f"{task}.jsonl"
-            scores[name][task] = run_sampled(benchmark, problems[task], generate, sampling, _identity(path), file)
-    headline = {name: {task: _headline(r)[0] for task, r in results.items()} for name, results in scores.items()}
-    base = headline.get(reference, {})
-    return {
-        "reference": reference if base else None,
-        "models": {
-            name: {
-                "tasks": {
-                    t: dict(zip(("score", "stderr"), _headline(r), strict=True), **r) for t, r in results.items()
-                },
-                "recovery": recovery(headline[name], base) if base and all(base.values()) else None,
-            }
-            for name, results in scores.items()
-        },
-    }
+    scores = {name: task_scores(path, chosen, answers=answers / name, device=device) for name, path in models.items()}
+    base = scores.get(reference, {})
+    rows: dict[str, dict[str, Any]] = {}
+    for name, own in scores.items():
+        value, stderr = recovered(own, base) or (None, None)
+        rows[name] = {"tasks": own, "recovery": value, "recovery_stderr": None if own is base else stderr}
+    return {"reference": reference if base else None, "models": rows}
 
 
-def _headline(result: dict[str, Any]) -> tuple[float, float | None]:
-    """A benchmark's one score and its standard error, if any: length-normalised accuracy where it has that."""
-    key = "acc_norm" if result.get("acc_norm") is not None else "acc"
-    return result[key], result.get(f"{key}_stderr")
+def task_scores(model: str | Path, tasks: Tasks, *, answers: Path, device: str = "auto") -> Scores:
+    """Benchmark -> ``score``, ``stderr`` and all else that was counted, of one model; ``answers`` keeps what it wrote."""
+    if _is_url(model):
+        return tasks.answered(Served(url=str(model), sampling=tasks.sampling), _identity(model), answers)
+    return tasks.scores(load(model, device=_device(device)), tokenizer_of(model), _identity(model), answers)
+
+
+def held_together(model: str | Path) -> int:
+    """How many models of this size are in memory at once when they are evaluated; they share the reference's passes."""
+    return (HELD_TOGETHER - 1) // _float32_bytes(model)
 
 
 def _is_url(model: str | Path) -> bool:
@@ -274,12 +279,13 @@ class _FolderKeeper:
     def __init__(self, partial: Path):
         self.partial = partial
 
-    def load(self, index: int) -> tuple[QuantBlock, Record] | None:
+    def load(self, index: int) -> tuple[QuantBlock, dict[str, Tensor], Record] | None:
         shard = self.partial / folders.block_shard(index)
         if not shard.is_file():
             return None
         record = Record(**json.loads(self._record(index).read_text()))
-        return folders.read_block(shard).quantized, record
+        stored = folders.read_block(shard)
+        return stored.quantized, stored.floats, record
 
     def save(self, index: int, block: QuantBlock, module: nn.Module, record: Record) -> None:
         folders.write_json(self._record(index), dataclasses.asdict(record))
@@ -315,11 +321,10 @@ def _open_partial(out: Path, recipe: Recipe, checkpoint: Checkpoint) -> Path:
     return partial
 
 
-def _calibration(recipe: Recipe, checkpoint: Checkpoint, partial: Path, device: torch.device) -> Calibration:
-    """The calibration tokens: those of the interrupted run, or made now and kept for the next."""
+def _calibration(recipe: Recipe, checkpoint: Checkpoint, file: Path, device: torch.device) -> Calibration:
+    """The calibration tokens: those in ``file``, or made now and kept there for the next run."""
     from safetensors.torch import load_file, save_file
 
-    file = partial / TOKENS_FILE
     if not file.is_file():
         count, length = recipe.num_calibration_samples, recipe.max_seq_length
         if recipe.calibration == "self":
@@ -336,6 +341,40 @@ def _calibration(recipe: Recipe, checkpoint: Checkpoint, partial: Path, device: 
         save_file({"tokens": made.tokens}, file.with_suffix(".tmp"))
         os.replace(file.with_suffix(".tmp"), file)
     return Calibration(tokens=load_file(file)["tokens"], source=recipe.calibration)
+
+
+def _rotated(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    preparers: tuple[Preparer, ...],
+    scheme: Scheme,
+    calibration: Calibration,
+    device: torch.device,
+    partial: Path,
+) -> Checkpoint:
+    """The checkpoint rotated as the method wants it: as the interrupted run had it, or decided now and kept."""
+    from safetensors.torch import load_file, save_file
+
+    file = partial / ROTATION_FILE
+    if all(type(preparer).rotation is Preparer.rotation for preparer in preparers):
+        return checkpoint
+    if not file.is_file():
+        with _progress(f"{recipe.method} rotation", 1) as progress:
+            data = ModelData(
+                checkpoint=checkpoint,
+                tokens=calibration.tokens,
+                scheme=scheme,
+                seed=recipe.seed,
+                device=device,
+                progress=lambda share, loss: progress(0, share, loss),
+            )
+            rotations = [r for r in (preparer.rotation(data) for preparer in preparers) if r is not None]
+        if not rotations:
+            return checkpoint
+        tensors = {"stream": rotations[0].stream, "heads": rotations[0].heads}
+        save_file({k: t for k, t in tensors.items() if t is not None}, file.with_suffix(".tmp"))
+        os.replace(file.with_suffix(".tmp"), file)
+    return RotatedCheckpoint(checkpoint, Rotation(**load_file(file)))
 
 
 def _device(name: str) -> torch.device:
@@ -377,6 +416,7 @@ def _contract(scheme: Scheme) -> dict[str, Any]:
         "scheme": scheme.text,
         "weights": role(scheme.weight),
         "activations": role(scheme.activation),
+        "kv_cache": role(scheme.cache),
         "ignore": list(scheme.ignore),
     }
 
@@ -402,8 +442,10 @@ def _report(
     code_bytes = round(sum(layer["bits"] * layer["shape"][0] * layer["shape"][1] / 8 for layer in layers))
     online_bytes = folders.online_bytes(partial)
     total = sum(file.stat().st_size for file in partial.glob("microbat-*.safetensors"))
-    pictures = sorted((p for r in records for p in r.activations), key=lambda p: -_output_error(layers, p["layer"]))
-    role = {"weight": job.scheme.weight, "activation": job.scheme.activation}
+    worst = sorted((p for r in records for p in r.activations), key=lambda p: -_output_error(layers, p["layer"]))
+    pictures = worst[:PICTURED_LAYERS]
+    pictures += [p for p in records[-1].activations[-1:] if p not in pictures]
+    role = {"weight": job.scheme.weight, "activation": job.scheme.activation, "kv_cache": job.scheme.cache}
     return {
         "microbat": made["versions"]["microbat"],
         "model": recipe.model,
@@ -429,7 +471,7 @@ def _report(
         "blocks": [
             {k: v for k, v in dataclasses.asdict(r).items() if k not in ("layers", "activations")} for r in records
         ],
-        "activations": pictures[:PICTURED_LAYERS],
+        "activations": pictures,
         "seconds": seconds,
         "peak_memory_bytes": _peak_memory(),
     }

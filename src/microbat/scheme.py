@@ -12,7 +12,7 @@ from microbat.registry import instances, unknown
 
 DEFAULT_FORMATS = {4: "mxfp4", 6: "mxfp6_e2m3", 8: "mxfp8_e4m3"}
 PATTERN = re.compile(r"W(?P<w>\d+)A(?P<a>\d+)(KV(?P<kv>\d+))?(:(?P<formats>[\w,]+))?", re.IGNORECASE)
-EXAMPLES = ("W4A4KV16", "W4A8KV16", "W4A16", "W8A8", "W4A4KV16:nvfp4", "W4A8:int4,int8")
+EXAMPLES = ("W4A4KV16", "W4A8KV16", "W4A8KV8", "W4A8KV4", "W4A16", "W8A8", "W4A4KV16:nvfp4", "W4A8:int4,int8")
 
 
 def formats() -> dict[str, BlockFormat]:
@@ -22,7 +22,7 @@ def formats() -> dict[str, BlockFormat]:
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """A quantizer for weights and one for activations; None leaves that role in 16 bits.
+    """A quantizer for weights, one for activations, one for the cache; None leaves that role in 16 bits.
 
     ``ignore``: regular expressions (``re:``) or exact names of linear layers to leave in float.
     """
@@ -30,6 +30,7 @@ class Scheme:
     text: str
     weight: AbsMax | None
     activation: AbsMax | None
+    cache: AbsMax | None = None
     ignore: tuple[str, ...] = ()
 
     @classmethod
@@ -40,8 +41,6 @@ class Scheme:
             raise ValueError(
                 f"scheme {text!r} is not W<bits>A<bits>[KV<bits>][:format,...], as in {', '.join(EXAMPLES)}"
             )
-        if match["kv"] not in (None, "16"):
-            raise ValueError(f"scheme {text!r}: a KV cache of {match['kv']} bits is not supported yet (allowed: KV16)")
         known = formats()
         named = {}
         for name in (match["formats"] or "").lower().split(","):
@@ -49,11 +48,18 @@ class Scheme:
                 raise unknown("format", name, known)
             if name:
                 named[known[name].element.bits] = known[name]
-        quantizers = [cls._quantizer(text, role, int(match[key]), named, known, scale_rule) for role, key in ROLES]
+        quantizers = [
+            cls._quantizer(text, role, int(match[key] or 16), named, known, scale_rule) for role, key in ROLES
+        ]
+        if quantizers[2] is not None and quantizers[2].format.has_tensor_scale:
+            raise ValueError(
+                f"scheme {text!r}: {quantizers[2].format.name} scales a whole tensor, and a cache grows token by token; "
+                "choose mxfp4, mxfp8_e4m3 or another format without such a scale for KV"
+            )
         unused = {f.name for f in named.values()} - {q.format.name for q in quantizers if q}
         if unused:
             raise ValueError(f"scheme {text!r}: no role has the width of {', '.join(sorted(unused))}")
-        return cls(text=text, weight=quantizers[0], activation=quantizers[1], ignore=ignore)
+        return cls(text=text, weight=quantizers[0], activation=quantizers[1], cache=quantizers[2], ignore=ignore)
 
     @staticmethod
     def _quantizer(
@@ -77,4 +83,4 @@ class Scheme:
         return any(re.search(p[3:], name) if p.startswith("re:") else p == name for p in self.ignore)
 
 
-ROLES = (("weights", "w"), ("activations", "a"))
+ROLES = (("weights", "w"), ("activations", "a"), ("the KV cache", "kv"))

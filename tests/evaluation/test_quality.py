@@ -111,6 +111,8 @@ def test_rows_against_torch_kl_div(tokens, chunk):
     for name, values in expected.items():
         assert getattr(row, name) == pytest.approx(values.mean().item(), rel=1e-5)
         assert getattr(row, f"{name}_stderr") == pytest.approx(values.std().item() / math.sqrt(W), rel=1e-4)
+    assert row.window_nll == pytest.approx(nll_W.tolist(), rel=1e-5)
+    assert row.window_kl == pytest.approx(kl_W.tolist(), rel=1e-5)
     assert row.perplexity == pytest.approx(nll_W.mean().exp().item(), rel=1e-5)
     assert row.ratio == pytest.approx((nll_W - base_W).mean().exp().item(), rel=1e-5)
     paired = (nll_W - base_W).std().item() / math.sqrt(W)

@@ -10,6 +10,7 @@ from microbat.methods.learned import Learned
 from microbat.methods.rtn import RTN
 from microbat.models.base import Checkpoint
 from microbat.scheme import Scheme
+from microbat.transforms.kronecker import Kronecker
 
 
 class Memory:
@@ -66,6 +67,16 @@ def test_training_lowers_the_loss_and_beats_rtn_and_the_fixed_hadamard(tiny, tra
     assert bat[0].loss[-1] < bat[0].loss[0]
     assert bat[0].error < fixed[0].error
     assert bat[0].error < 0.9 * rtn[0].error
+
+
+@pytest.mark.parametrize("settings", [{"transform": "global"}, {"clip_scope": "global"}], ids=str)
+def test_global_counterparts_of_table_4(tiny, settings):
+    blocks, records = quantize(tiny(), (BATQuant(epochs=5, **settings),))
+    assert records[0].loss[-1] < records[0].loss[0]
+    site = blocks[0].sites[0]
+    assert isinstance(site.transform, Kronecker) == ("transform" in settings)
+    assert site.quantizer.whole == ("clip_scope" in settings)
+    assert site.quantizer.ratios.shape == ((1, 2) if "clip_scope" in settings else (2, 2))
 
 
 def test_last_steps_improve_on_nearest(tiny):

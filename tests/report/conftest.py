@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -20,6 +21,15 @@ KINDS = {
 }
 GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1
 BLOCK = 32
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser on PATH (looked for {', '.join(names)})")
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,10 @@ import html
 import json
 import math
 import re
-import shutil
-import subprocess
 import sys
-from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
+from tests.report.browser import Elements, dump_dom
 
 from microbat.report import distributions, figures, write_page
 from microbat.report.page import render
@@ -24,33 +21,6 @@ FIGURES = ["fig-layers", "fig-blocks", "fig-training", "fig-training-map", "fig-
 FIGURES += [f"fig-{kind}-{index}" for kind in ("surface", "scaled") for index in (0, 1)]
 SURFACES = 2  # of them, each with two WebGL scenes
 HOSTILE = "<script>alert(1)</script>\"'&</title><img src=http://evil.example/x onerror=alert(2)>"
-
-
-class Elements(HTMLParser):
-    """All elements of a page as (tag, attributes), and what each script contains."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict]] = []
-        self.scripts: dict[str, str] = {}
-        self.open_script: str | None = None
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-        if tag == "script":
-            self.open_script = dict(attrs).get("id", "")
-
-    def handle_endtag(self, tag):
-        if tag == "script":
-            self.open_script = None
-
-    def handle_data(self, data):
-        if self.open_script is not None:
-            self.scripts[self.open_script] = self.scripts.get(self.open_script, "") + data
-
-    def ids(self) -> set[str]:
-        return {attributes["id"] for _, attributes in self.found if "id" in attributes}
 
 
 def page_of(report: dict) -> Elements:
@@ -235,31 +205,10 @@ def test_page_loads_nothing(report, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def browser() -> str:
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"no browser on PATH (looked for {', '.join(names)})")
-    return found
-
-
-@pytest.fixture(scope="module")
 def drawn(browser, report, tmp_path_factory) -> str:
     """The page's DOM after a headless Chromium has run it."""
     folder = tmp_path_factory.mktemp("browser")
     return dump_dom(browser, write_page(report, folder / "report.html"), folder / "profile")
-
-
-def dump_dom(browser: str, page: Path, profile: Path) -> str:
-    flags = (
-        "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --disable-dev-shm-usage --use-gl=angle --use-angle=swiftshader "
-        "--enable-unsafe-swiftshader --virtual-time-budget=60000 --dump-dom"
-    )
-    command = [browser, *flags.split(), f"--user-data-dir={profile}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 def test_browser_draws_every_figure_without_errors(drawn):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from microbat.transforms.hadamard import BlockHadamard, hadamard
-from microbat.transforms.kronecker import GPK, FullBlocks, NaiveKronecker, kron
+from microbat.transforms.hadamard import BlockHadamard, Hadamard, hadamard
+from microbat.transforms.kronecker import GPK, FullBlocks, Kronecker, NaiveKronecker, balanced_split, kron
 
 
 def random_(transform, seed=0):
@@ -13,6 +13,8 @@ def random_(transform, seed=0):
     transform.to(torch.float64)
     with torch.no_grad():
         for p in transform.parameters():
+            if p.dim() == 1:
+                continue
             p.copy_(torch.eye(p.shape[-1]) * 1.5 + 0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
     return transform
 
@@ -22,9 +24,14 @@ KINDS = [
     *[NaiveKronecker(width=96, block=32, g1=g1) for g1 in (1, 4, 8, 32)],
     *[FullBlocks(width=96, block=g) for g in (16, 32)],
 ]
+WIDE = [
+    Kronecker(width=96, left=8),
+    Kronecker(width=96, left=1),
+    Kronecker(width=60, left=6, scale=torch.rand(60) + 0.5),
+]
 
 
-@pytest.mark.parametrize("transform", KINDS, ids=lambda t: f"{t.name}-{t.settings()}")
+@pytest.mark.parametrize("transform", KINDS + WIDE, ids=lambda t: f"{t.name}-{t.settings()}")
 def test_t_law(transform):
     random_(transform)
     g = torch.Generator().manual_seed(1)
@@ -132,3 +139,43 @@ def test_widths_that_do_not_split_are_refused():
         GPK(width=100, block=32, g1=8)
     with pytest.raises(ValueError, match="g1=5 does not divide"):
         GPK(width=64, block=32, g1=5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 12, 20, 24, 28, 36, 40, 44, 60, 108, 68, 76, 140, 576, 1536])
+def test_hadamard_matrices_are_hadamard(n):
+    h = hadamard(n).double() * n**0.5
+    assert torch.equal(h.round().abs(), torch.ones(n, n).double())
+    torch.testing.assert_close(h @ h.T, n * torch.eye(n).double(), rtol=1e-5, atol=1e-3)
+
+
+def test_unknown_hadamard_sizes_are_refused():
+    for n in (0, 3, 52, 4304):
+        with pytest.raises(ValueError, match=f"no Hadamard matrix of size {n}"):
+            hadamard(n)
+
+
+@pytest.mark.parametrize(
+    ("width", "stride", "size"),
+    [(576, 1, 576), (1536, 1, 1536), (576, 64, 1), (1024, 128, 8), (9728, 1, 9728), (4304, 1, 16)],
+)
+def test_wide_hadamard(width, stride, size):
+    transform = Hadamard(width=width, stride=stride).double()
+    assert transform.size == size
+    g = torch.Generator().manual_seed(1)
+    x, w = (torch.randn(n, width, generator=g, dtype=torch.float64) for n in (3, 2))
+    torch.testing.assert_close(transform(x) @ transform.inverse_t(w).T, x @ w.T, rtol=1e-4, atol=1e-4)
+    if width == 576 and stride == 1:
+        dense = transform(torch.eye(width, dtype=torch.float64))
+        assert (dense.abs() * width**0.5 - 1).abs().max() < 1e-5
+
+
+def test_kronecker_is_the_kronecker_product():
+    transform = random_(Kronecker(width=24, left=4))
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(transform(x), x @ torch.kron(transform.L, transform.R))
+
+
+@pytest.mark.parametrize(("n", "left"), [(4096, 64), (12288, 96), (1152, 32), (2560, 40), (1024, 32), (4608, 64)])
+def test_flatquants_split(n, left):
+    assert balanced_split(n) == left

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from microbat.calibrate.fake import faked, transformed
 from microbat.calibrate.stats import Hessian
+from microbat.kv import KVQuantizer
 from microbat.linear import QuantBlock, QuantLinear, QuantSite, SiteInput, install
 from microbat.methods.base import Plan, Preparer, Quant, SitePlan, Solver, Statistics
 from microbat.models.base import Checkpoint, linear_layers
@@ -58,9 +59,9 @@ class Record:
 
 
 class Keeper(Protocol):
-    """Where finished blocks go, and come back from when a run is resumed."""
+    """Where finished blocks go, and come back from when a run is resumed, with their float tensors by name."""
 
-    def load(self, index: int) -> tuple[QuantBlock, Record] | None: ...
+    def load(self, index: int) -> tuple[QuantBlock, dict[str, Tensor], Record] | None: ...
 
     def save(self, index: int, block: QuantBlock, module: nn.Module, record: Record) -> None: ...
 
@@ -73,15 +74,26 @@ class _Data:
     """One block's data, as methods see it (:class:`microbat.methods.base.BlockData`)."""
 
     def __init__(self, job: Job, index: int, block: nn.Module, runner: "_Runner", progress: Progress):
-        self.index, self.block = index, block
+        self.index, self.block, self.head_dim = index, block, job.checkpoint.head_dim
         self.generator = torch.Generator().manual_seed(job.seed * 1_000_003 + index)
         self.progress = lambda done, loss: progress(index, done, loss)
         self._runner = runner
         self.inputs = self.float_inputs = self.targets = torch.empty(0)
 
+    def absmax(self, path: str) -> Tensor:
+        linear = self.block.get_submodule(path)
+        largest = torch.zeros(linear.in_features, device=linear.weight.device)
+
+        def see(inputs: tuple, output: Tensor) -> None:
+            torch.maximum(largest, inputs[0].flatten(0, -2).abs().amax(0).float(), out=largest)
+
+        with _watch(linear, see):
+            self._runner.run(self.block, self.float_inputs)
+        return largest
+
     def faked(self, plan: Plan, weights: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
         for site in plan.sites:
-            for module in (site.transform, site.activation, *site.weights.values()):
+            for module in (site.transform, site.activation, *site.weights.values(), plan.kv):
                 if isinstance(module, nn.Module):
                     module.to(self._runner.job.device)
 
@@ -111,7 +123,13 @@ class _Runner:
 
 def preflight(checkpoint: Checkpoint, scheme: Scheme) -> None:
     """Raise before any work where a layer does not fit the scheme, naming the layer."""
-    family = checkpoint.family
+    family, lanes = checkpoint.family, checkpoint.head_dim
+    if scheme.cache and scheme.cache.format.block and lanes % scheme.cache.format.block:
+        raise ValueError(
+            f"the cache: a head has {lanes} lanes, not a multiple of {scheme.cache.format.name}'s block of "
+            f"{scheme.cache.format.block} (scheme {scheme.text}). Leave it in 16 bits with KV16, or choose a format whose "
+            "block divides it."
+        )
     model = checkpoint.skeleton()
     blocks = model.get_submodule(family.blocks)
     for index, block in enumerate(blocks):
@@ -152,8 +170,9 @@ def calibrate(job: Job, keeper: Keeper, observe: Observer, progress: Progress) -
             record.seconds = time.perf_counter() - started
             keeper.save(index, block_result, block, record)
         else:
-            block_result, record = kept
+            block_result, floats, record = kept
             install(block, block_result)
+            block.load_state_dict({k: t.to(job.device) for k, t in floats.items()}, strict=False, assign=True)
             outputs = runner.run(block, quantized)
         _check_finite(outputs, f"the quantized outputs of {name}")
         quantized, original = outputs, data.targets
@@ -167,17 +186,20 @@ def _quantize_block(job: Job, data: _Data, name: str, observe: Observer) -> tupl
     for preparer in job.preparers:
         plan = preparer.prepare(data, plan, job.solver)
     frozen = [_freeze(site) for site in plan.sites]
+    kv = _freeze_kv(plan.kv)
+    data.block.get_submodule(plan.attention).kv = kv
     weights = {path: data.block.get_submodule(path).weight for site in frozen for path in site.weights}
     sites, codes, notes = _solve(job, data, frozen, {**weights, **plan.latents})
     layers, activations = _measure(job, data, name, frozen, weights, codes, notes, observe)
     record = Record(name=name, index=data.index, error=0.0, seconds=0.0, loss=plan.loss, layers=layers)
     record.activations = activations
-    return QuantBlock(sites=tuple(sites), weights=codes), record
+    return QuantBlock(sites=tuple(sites), weights=codes, kv=kv, attention=plan.attention), record
 
 
 def _initial_plan(job: Job, name: str) -> Plan:
-    plan = Plan(sites=[])
-    for site in job.checkpoint.family.sites:
+    family, cache = job.checkpoint.family, job.scheme.cache
+    plan = Plan(sites=[], kv=cache and KVQuantizer(cache, cache), attention=family.attention)
+    for site in family.sites:
         kept = [path for path in site.consumers if not job.scheme.ignores(f"{name}.{path}")]
         if kept and job.scheme.weight is not None:
             plan.sites.append(
@@ -191,13 +213,22 @@ def _initial_plan(job: Job, name: str) -> Plan:
     return plan
 
 
-def _freeze(site: SitePlan) -> SitePlan:
-    def fixed(quantizer: Quant | None) -> Quant | None:
-        return quantizer.freeze() if isinstance(quantizer, Clip) else quantizer
+def _fixed(quantizer: Quant) -> Quant:
+    return quantizer.freeze() if isinstance(quantizer, Clip) else quantizer
 
+
+def _freeze_kv(kv: KVQuantizer | None) -> KVQuantizer | None:
+    if kv is None:
+        return None
+    transform = None if kv.transform is None else kv.transform.requires_grad_(False)
+    return KVQuantizer(_fixed(kv.key), _fixed(kv.value), transform)
+
+
+def _freeze(site: SitePlan) -> SitePlan:
     transform = None if site.transform is None else site.transform.requires_grad_(False)
-    weights = {path: fixed(quantizer) for path, quantizer in site.weights.items()}
-    return SitePlan(site=site.site, transform=transform, activation=fixed(site.activation), weights=weights)
+    weights = {path: _fixed(quantizer) for path, quantizer in site.weights.items()}
+    activation = None if site.activation is None else _fixed(site.activation)
+    return SitePlan(site=site.site, transform=transform, activation=activation, weights=weights)
 
 
 @torch.no_grad()
@@ -240,11 +271,22 @@ def _solve(
     return sites, codes, notes
 
 
+class _Seen(Exception):
+    """Raised where a block need not run any further."""
+
+
 def _hessian(data: _Data, site: SiteInput, path: str) -> Tensor:
-    """X^T X / T of a site's quantized activation over the quantized stream."""
+    """X^T X / T of a site's quantized activation over the quantized stream; the block runs as far as the site."""
     hessian = Hessian(data.block.get_submodule(path).weight.shape[1], data.inputs.device)
-    with _watch(site, lambda inputs, output: hessian.add(output), once=True):
-        data._runner.run(data.block, data.inputs)
+
+    def see(inputs: tuple, output: Tensor) -> None:
+        hessian.add(output)
+        raise _Seen
+
+    with _watch(site, see):
+        for rows in data.inputs.split(data._runner.job.batch):
+            with contextlib.suppress(_Seen):
+                data._runner.step(data.block, rows)
     return hessian.mean
 
 
@@ -258,7 +300,8 @@ def _measure(
     notes: dict[str, dict[str, float]],
     observe: Observer,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Each layer's errors on a few sequences of the quantized stream, and a picture of the worst one's activation."""
+    """Each layer's errors on a few sequences of the quantized stream, and pictures of activations: the worst layer's,
+    and in the last block its last site's as well, which is there whatever the method, so that runs can be compared."""
     seen: dict[str, Tensor] = {}
     with contextlib.ExitStack() as stack:
         for plan in plans:
@@ -266,7 +309,8 @@ def _measure(
             keep = lambda inputs, output, key=plan.site.name: seen.setdefault(key, inputs[0])  # noqa: E731
             stack.enter_context(_watch(first, keep))
         data._runner.run(data.block, data.inputs[:MEASURED_SEQUENCES])
-    layers, worst = [], (-1.0, "", None, None, None)
+    layers: list[dict[str, Any]] = []
+    viewed: dict[str, tuple[SitePlan, Quant]] = {}
     for plan in plans:
         x = seen[plan.site.name].to(torch.float32)
         mapped = x if plan.transform is None else plan.transform(x)
@@ -291,11 +335,18 @@ def _measure(
                     **notes[path],
                 }
             )
-            if error > worst[0] and plan.activation is not None:
-                worst = (error, f"{name}.{path}", x, mapped, plan.activation)
+            if plan.activation is not None:
+                viewed[f"{name}.{path}"] = plan, plan.activation
+    errors = {layer["name"]: layer["output_error"] for layer in layers}
+    wanted = [max(viewed, key=errors.__getitem__)] if viewed else []
+    if data.index == job.checkpoint.num_blocks - 1:
+        wanted += list(viewed)[-1:]
     pictures = []
-    if worst[2] is not None:
-        pictures.append(observe(worst[1], worst[2].flatten(0, -2), worst[3].flatten(0, -2), worst[4]))
+    for layer in dict.fromkeys(wanted):
+        plan, quantizer = viewed[layer]
+        x = seen[plan.site.name].to(torch.float32)
+        mapped = x if plan.transform is None else plan.transform(x)
+        pictures.append(observe(layer, x.flatten(0, -2), mapped.flatten(0, -2), quantizer))
     return layers, pictures
 
 
@@ -323,14 +374,11 @@ def _first_inputs(job: Job, model: nn.Module) -> tuple[Tensor, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _watch(module: nn.Module, see: Callable[[tuple, Tensor], Any], once: bool = False) -> Iterator[None]:
-    """Call ``see(inputs, output)`` at every call of ``module``; with ``once``, once per new input tensor."""
-    last: list[Tensor | None] = [None]
+def _watch(module: nn.Module, see: Callable[[tuple, Tensor], Any]) -> Iterator[None]:
+    """Call ``see(inputs, output)`` at every call of ``module``."""
 
     def hook(_: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if not once or last[0] is not inputs[0]:
-            see(inputs, output)
-        last[0] = inputs[0]
+        see(inputs, output)
 
     handle = module.register_forward_hook(hook)
     try:

@@ -39,13 +39,18 @@ def transformed(weight: Tensor, transform: Transform | None) -> Tensor:
 def faked(block: nn.Module, plan: Plan, weights: dict[str, Tensor]) -> Iterator[nn.Module]:
     """``block`` with the linear layers of ``plan`` swapped for :class:`FakeLinear`; put back at the end."""
     originals = {path: block.get_submodule(path) for site in plan.sites for path in site.weights}
+    biases = {path: linear.bias for path, linear in originals.items()}
+    weights, biases = plan.map_values(weights, biases)
     for site in plan.sites:
         site_input = SiteInput(site.transform, site.activation, num_consumers=len(site.weights))
         for path, quantizer in site.weights.items():
-            fake = FakeLinear(site_input, weights[path], originals[path].bias, quantizer)
+            fake = FakeLinear(site_input, weights[path], biases[path], quantizer)
             block.set_submodule(path, fake)
+    attention = block.get_submodule(plan.attention)
+    attention.kv = plan.kv
     try:
         yield block
     finally:
+        del attention.kv
         for path, module in originals.items():
             block.set_submodule(path, module)

@@ -56,6 +56,11 @@ class Sampling:
                 raise unknown("setting of sampling", name, known)
         return cls(**settings)
 
+    @property
+    def draws(self) -> dict[str, Any]:
+        """What decides an answer: all but how many there are, and how many at a time."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("samples", "batch_size")}
+
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

@@ -43,6 +43,7 @@ class Row:
     ``ratio`` is its perplexity over the reference's, ``kl`` the mean of KL(reference || model) per prediction in nats,
     ``top1`` the share of predictions whose most likely token is the reference's. The error of ``ratio`` is that of
     the paired difference, window by window: far smaller than the errors of the two perplexities suggest.
+    ``window_nll`` and ``window_kl`` are each window's means per prediction, for comparing two models with each other.
     """
 
     name: str
@@ -54,6 +55,8 @@ class Row:
     kl_stderr: float | None
     top1: float
     top1_stderr: float | None
+    window_nll: list[float]
+    window_kl: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +245,13 @@ def _row(name: str, sums: _Sums, base: _Sums, windows: Windows) -> Row:
         kl_stderr=kl_stderr,
         top1=top1,
         top1_stderr=top1_stderr,
+        window_nll=_per_prediction(sums.nll, windows),
+        window_kl=_per_prediction(sums.kl, windows),
     )
+
+
+def _per_prediction(sums: list[float], windows: Windows) -> list[float]:
+    return [value / windows.fresh(index) for index, value in enumerate(sums)]
 
 
 def _mean(sums: list[float], windows: Windows) -> tuple[float, float | None]:

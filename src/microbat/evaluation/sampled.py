@@ -16,8 +16,6 @@ from microbat.evaluation.benchmarks import Benchmark, Problem
 from microbat.evaluation.generation import Generate, Request, Sampling
 from microbat.evaluation.progress import bar
 
-INDIFFERENT = ("samples", "batch_size")  # of a Sampling: they change how many answers there are, not the answers
-
 
 def run_sampled(
     benchmark: Benchmark,
@@ -37,7 +35,7 @@ def run_sampled(
     ValueError where it holds those of another model or sampling.
     """
     samples = sampling.samples or benchmark.samples
-    kept = Kept(file, {"benchmark": benchmark.name, "model": model, **_of_answers(sampling)})
+    kept = Kept(file, {"benchmark": benchmark.name, "model": model, **sampling.draws})
     ids = [hashlib.sha256(problem.prompt.encode()).hexdigest()[:16] for problem in problems]
     judges = {id_: problem.judge for id_, problem in zip(ids, problems, strict=True)}
     missing = {
@@ -113,10 +111,6 @@ class Kept:
     def _write(self, line: dict[str, Any]) -> None:
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def _of_answers(sampling: Sampling) -> dict[str, Any]:
-    return {key: value for key, value in dataclasses.asdict(sampling).items() if key not in INDIFFERENT}
 
 
 def _seed(seed: int, problem: str, sample: int) -> int:

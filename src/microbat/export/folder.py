@@ -17,6 +17,7 @@ read alone. While a run goes on its shards lie in ``<folder>.partial`` and becom
 
 # Shapes: N out, K in, G blocks along K.
 
+import dataclasses
 import json
 import os
 import shutil
@@ -29,7 +30,9 @@ from torch import Tensor, nn
 
 from microbat.formats.block import BlockFormat
 from microbat.formats.packing import pack, unpack
+from microbat.kv import KVQuantizer
 from microbat.linear import QuantBlock, QuantSite
+from microbat.models.base import Checkpoint
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.registry import instances, pick, subclasses
@@ -79,8 +82,7 @@ def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tens
             entry["transform"] = {"name": site.transform.name, **site.transform.settings()}
             tensors |= {f"{prefix}.transform.{key}": t for key, t in site.transform.state_dict().items()}
         if site.quantizer is not None:
-            inner = site.quantizer.inner if isinstance(site.quantizer, Clip) else site.quantizer
-            entry["activation"] = {"format": inner.format.name, "scale_rule": inner.rule}
+            entry["activation"] = _describe(site.quantizer)
             if isinstance(site.quantizer, Clip):
                 tensors[f"{prefix}.clip"] = site.quantizer.ratios
         for layer in site.consumers:
@@ -88,7 +90,24 @@ def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tens
             entry.setdefault("weights", {})[layer] = {"format": q.format.name, "shape": list(q.shape)}
             tensors |= {f"{name}.{layer}.{key}": t for key, t in pack(q).items()}
         sites.append(entry)
-    _write_shard(path, tensors, {"microbat": json.dumps({"name": name, "sites": sites})})
+    description: dict[str, Any] = {"name": name, "sites": sites}
+    if block.kv is not None:
+        kv, prefix = block.kv, f"{name}.kv"
+        description["kv"] = {"attention": block.attention}
+        for role, quantizer in (("key", kv.key), ("value", kv.value)):
+            description["kv"][role] = _describe(quantizer)
+            if isinstance(quantizer, Clip):
+                tensors[f"{prefix}.{role}_clip"] = quantizer.ratios
+        if kv.transform is not None:
+            description["kv"]["transform"] = {"name": kv.transform.name, **kv.transform.settings()}
+            tensors |= {f"{prefix}.transform.{key}": t for key, t in kv.transform.state_dict().items()}
+    _write_shard(path, tensors, {"microbat": json.dumps(description)})
+
+
+def _describe(quantizer: AbsMax | Clip) -> dict[str, Any]:
+    if isinstance(quantizer, Clip):
+        return {**_describe(quantizer.inner), **({"clips_whole": True} if quantizer.whole else {})}
+    return {"format": quantizer.format.name, "scale_rule": quantizer.rule}
 
 
 def read_block(path: Path) -> StoredBlock:
@@ -105,26 +124,43 @@ def read_block(path: Path) -> StoredBlock:
             parts = {k: tensors.pop(f"{layer}.{k}") for k in PACKED if f"{layer}.{k}" in tensors}
             weights[layer] = unpack(parts, pick("format", stored["format"], formats), stored["shape"][-1])
         sites.append(_read_site(entry, tensors, formats))
-    return StoredBlock(quantized=QuantBlock(sites=tuple(sites), weights=weights), floats=tensors)
+    quantized = QuantBlock(sites=tuple(sites), weights=weights)
+    if "kv" in description:
+        kv = _read_kv(description["kv"], tensors, formats)
+        quantized = dataclasses.replace(quantized, kv=kv, attention=description["kv"]["attention"])
+    return StoredBlock(quantized=quantized, floats=tensors)
 
 
 PACKED = ("weight_packed", "weight", "weight_scale", "weight_global_scale", "weight_tensor_scale")
 
 
 def _read_site(entry: dict[str, Any], tensors: dict[str, Tensor], formats: dict[str, BlockFormat]) -> QuantSite:
-    prefix = f"sites.{entry['name']}."
-    own = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
-    transform, quantizer = None, None
-    if "transform" in entry:
-        settings = dict(entry["transform"])
-        transform = pick("transform", settings.pop("name"), transforms())(**settings)
-        transform.load_state_dict({k.removeprefix("transform."): t for k, t in own.items() if k != "clip"})
-        transform.requires_grad_(False)
-    if "activation" in entry:
-        stored = entry["activation"]
-        quantizer = AbsMax(format=pick("format", stored["format"], formats), rule=stored["scale_rule"])
-        quantizer = Clip(quantizer, own["clip"]) if "clip" in own else quantizer
+    own = _take(tensors, f"sites.{entry['name']}.")
+    transform = _read_transform(entry["transform"], own) if "transform" in entry else None
+    quantizer = _read_quantizer(entry["activation"], own.get("clip"), formats) if "activation" in entry else None
     return QuantSite(name=entry["name"], consumers=tuple(entry["consumers"]), transform=transform, quantizer=quantizer)
+
+
+def _read_kv(entry: dict[str, Any], tensors: dict[str, Tensor], formats: dict[str, BlockFormat]) -> KVQuantizer:
+    own = _take(tensors, "kv.")
+    key, value = (_read_quantizer(entry[role], own.get(f"{role}_clip"), formats) for role in ("key", "value"))
+    return KVQuantizer(key, value, _read_transform(entry["transform"], own) if "transform" in entry else None)
+
+
+def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+
+
+def _read_transform(entry: dict[str, Any], own: dict[str, Tensor]) -> Transform:
+    settings = dict(entry)
+    transform = pick("transform", settings.pop("name"), transforms())(**settings)
+    transform.load_state_dict(_take(dict(own), "transform."))
+    return transform.requires_grad_(False)
+
+
+def _read_quantizer(entry: dict[str, Any], clip: Tensor | None, formats: dict[str, BlockFormat]) -> AbsMax | Clip:
+    quantizer = AbsMax(format=pick("format", entry["format"], formats), rule=entry["scale_rule"])
+    return quantizer if clip is None else Clip(quantizer, clip, whole=entry.get("clips_whole", False))
 
 
 def transforms() -> dict[str, type[Transform]]:
@@ -134,7 +170,12 @@ def transforms() -> dict[str, type[Transform]]:
 
 def float_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The tensors of an installed block that are not part of its quantized sites."""
-    return {key: t for key, t in module.state_dict().items() if ".site." not in key}
+    return {key: t for key, t in module.state_dict().items() if not is_quantizers(key)}
+
+
+def is_quantizers(key: str) -> bool:
+    """Whether an installed block's tensor of this name belongs to its quantizers: stored elsewhere in the shard."""
+    return ".site." in key or ".kv." in key
 
 
 def write_other(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -145,7 +186,7 @@ def write_other(path: Path, tensors: dict[str, Tensor]) -> None:
 def finish(
     partial: Path,
     folder: Path,
-    source: Path,
+    source: Checkpoint,
     quantization: dict[str, Any],
     documents: dict[str, Any],
     scratch: Iterable[Path],
@@ -160,9 +201,9 @@ def finish(
             weight_map |= dict.fromkeys(file.keys(), shard.name)
     write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     for pattern in COPIED:
-        for file in source.glob(pattern):
+        for file in source.path.glob(pattern):
             shutil.copy(file, partial / file.name)
-    config = json.loads((source / "config.json").read_text())
+    config = {**json.loads((source.path / "config.json").read_text()), **source.config_changes}
     contract = {"quant_method": QUANT_METHOD, "schema": SCHEMA_VERSION, **quantization, **CONVENTION}
     for name, document in documents.items():
         write_json(partial / name, document)
@@ -194,7 +235,8 @@ def online_bytes(folder: Path) -> int:
     total = 0
     for shard in folder.glob("microbat-block-*.safetensors"):
         with safe_open(shard, framework="pt") as file:
-            total += sum(file.get_tensor(k).nbytes for k in file.keys() if ".sites." in k)  # noqa: SIM118
+            own = [k for k in file.keys() if ".sites." in k or ".kv." in k]  # noqa: SIM118
+            total += sum(file.get_tensor(k).nbytes for k in own)
     return total
 
 
@@ -211,8 +253,11 @@ def _write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     from safetensors.torch import save_file
 
     temporary = path.with_suffix(".tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
     # One key of metadata at most: safetensors writes several in an order that changes from run to run.
     save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, metadata)
+    temporary.chmod(mode)  # safetensors leaves its files to their owner alone; a server may be somebody else
     os.replace(temporary, path)
 
 

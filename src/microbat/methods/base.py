@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from microbat.formats.block import QTensor
-from microbat.models.base import Site
+from microbat.kv import KVQuantizer
+from microbat.models.base import Checkpoint, Site
+from microbat.models.rotation import Rotation
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
-from microbat.transforms.base import Transform
+from microbat.scheme import Scheme
+from microbat.transforms.base import BlockDiagonal, Transform
 
 Quant = AbsMax | Clip
 
@@ -35,12 +38,47 @@ class SitePlan:
 
 @dataclass(kw_only=True)
 class Plan:
-    """What a method decided about one block. ``latents`` are weights that were learned along, by path: what the solver
-    rounds instead of the float weight (absent: the float weight itself)."""
+    """What a method decided about one block. ``kv`` quantizes the cache of the module at ``attention``; ``values`` maps the
+    values within each head, until training folds it into the weights. ``latents`` are weights that were learned along, by
+    path: what the solver rounds instead of the float weight (absent: the float weight itself)."""
 
     sites: list[SitePlan]
+    kv: KVQuantizer | None = None
+    attention: str = "self_attn"
+    values: BlockDiagonal | None = None
     latents: dict[str, Tensor] = field(default_factory=dict)
     loss: list[float] = field(default_factory=list)
+
+    def value_site(self) -> SitePlan | None:
+        """The site that reads the values, where every linear layer that makes or reads them is in the plan."""
+        planned = {path for site in self.sites for path in site.weights}
+        headed = (s for s in self.sites if s.site.headed and {s.site.producer, *s.site.consumers} <= planned)
+        return next(headed, None)
+
+    def map_values(
+        self, weights: dict[str, Tensor], biases: dict[str, Tensor | None]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+        """Weights [N, K] and biases [N] of linear layers, by path, around values that ``values`` maps.
+
+        The map goes into the rows that make the values, its inverse transpose into the columns that read them.
+        """
+        if self.values is None:
+            return weights, biases
+        weights, biases, lanes = dict(weights), dict(biases), self.values.width
+        for site in (plan.site for plan in self.sites if plan.site.headed):
+            if site.producer in weights:
+                weights[site.producer] = _by_head(self.values.forward, weights[site.producer].T, lanes).T
+            if biases.get(site.producer) is not None:
+                biases[site.producer] = _by_head(self.values.forward, biases[site.producer], lanes)
+            for path in (path for path in site.consumers if path in weights):
+                weights[path] = _by_head(self.values.inverse_t, weights[path], lanes)
+        return weights, biases
+
+
+def _by_head(transform: Callable[[Tensor], Tensor], x: Tensor, lanes: int) -> Tensor:
+    """``transform`` on the lanes of every head of ``x`` [..., heads x lanes]."""
+    with torch.autocast(x.device.type, enabled=False):
+        return transform(x.unflatten(-1, (-1, lanes))).flatten(-2)
 
 
 class BlockData(Protocol):
@@ -48,14 +86,30 @@ class BlockData(Protocol):
 
     index: int
     block: nn.Module
+    head_dim: int
     inputs: Tensor
     targets: Tensor
     float_inputs: Tensor
     generator: torch.Generator
     progress: Callable[[float, float], None]
 
+    def absmax(self, path: str) -> Tensor:
+        """The largest magnitude of each input channel [K] of the linear layer at ``path``, over the float stream."""
+
     def faked(self, plan: Plan, weights: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
         """The block as a differentiable function that quantizes by ``plan``, with ``weights`` in its linear layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelData:
+    """The float model and the calibration ``tokens`` int64 [S, L], as a method sees them before the blocks' turn."""
+
+    checkpoint: Checkpoint
+    tokens: Tensor
+    scheme: Scheme
+    seed: int
+    device: torch.device
+    progress: Callable[[float, float], None]
 
 
 class Method(ABC):
@@ -65,6 +119,11 @@ class Method(ABC):
     summary: ClassVar[str]
     default_scale_rule: ClassVar[str] = ""  # "": each format's own default
 
+    @property
+    def seeded(self) -> bool:
+        """Whether the seed decides more than the calibration text: what trains or starts at random differs by seed."""
+        return False
+
 
 class Preparer(Method):
     """Decides where and how to transform and clip; leaves the float function of the block as it was.
@@ -73,6 +132,10 @@ class Preparer(Method):
     """
 
     default_solver: ClassVar[str] = "gptq"
+
+    def rotation(self, model: ModelData) -> Rotation | None:
+        """How to rotate the whole model before its blocks are prepared; None for not at all."""
+        return None
 
     @abstractmethod
     def prepare(self, data: BlockData, plan: Plan, solver: "Solver") -> Plan: ...

@@ -7,7 +7,8 @@ Dong, Yu, 2026. arXiv 2603.16590.
     (4)  P, a = argmin E || F(X) - F^(X; P, a) ||^2 per transformer block  (eq. 5)
 
 Transforms: one for q, k, v; one for o; one for gate and up; one for down (section 3.2). Weights are transformed and
-clipped offline; activations online.
+clipped offline; activations online. With a quantized cache also P_k, on keys after their position encoding, and P_v on
+values, folded into v_proj and o_proj; both act on a head's lanes and are shared by the heads.
 
 Where the paper is silent or fails on a real model, the defaults are what measured best (LOG.md); ``batquant-paper`` is
 the recipe as printed. See the fields for each. No code of the authors is public. Algorithm 2 prints the inverse where
@@ -17,16 +18,18 @@ only the inverse transpose is exact; that is what is used.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import nn
-
-from microbat.methods.base import BlockData, Plan, Preparer, Quant, Solver
-from microbat.methods.learn import Inputs, Objective, Schedule, train
+from microbat.formats.block import BlockFormat
+from microbat.kv import KVQuantizer
+from microbat.methods.base import BlockData, Plan, Preparer, SitePlan, Solver
+from microbat.methods.learn import Inputs, Objective, Schedule, train_plan
+from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
-from microbat.transforms.base import Transform
+from microbat.transforms.base import BlockDiagonal, Transform
 from microbat.transforms.hadamard import BlockHadamard
-from microbat.transforms.kronecker import GPK, FullBlocks, Init, NaiveKronecker
+from microbat.transforms.kronecker import GPK, FullBlocks, Init, Kronecker, NaiveKronecker, balanced_split
 
-Kind = Literal["gpk", "naive_kron", "full", "hadamard", "none"]
+Kind = Literal["gpk", "naive_kron", "full", "hadamard", "none", "global"]  # global: FlatQuant's, across the whole width
+Scope = Literal["block", "global"]  # whose extremes a clip takes a share of: a block's, or the whole row's or token's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,7 @@ class BATQuant(Preparer):
     clip: bool = True
     clip_lr: float = 2e-2  # unstated; 10 x the paper's rate, as FlatQuant
     weight_clip: bool = True
+    clip_scope: Scope = "block"  # global: Table 4's counterpart
     epochs: int = 3
     batch: int = 1  # more steps serve better than larger ones; the paper's is 4
     objective: Objective = "relative"  # the paper's mse fails on massive activations, LOG.md
@@ -58,43 +62,73 @@ class BATQuant(Preparer):
         if self.g and self.transform in ("gpk", "naive_kron") and self.g % self.g1:
             raise ValueError(f"{self.name}.g1={self.g1} does not divide the transform block g={self.g}")
 
+    @property
+    def seeded(self) -> bool:
+        return self.epochs > 0 or self.init == "orthogonal"
+
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
         for site in plan.sites:
             linears = {path: data.block.get_submodule(path) for path in site.site.consumers}
             width = next(iter(linears.values())).in_features
-            site.transform = self._transform(width, site.activation, next(iter(site.weights.values())), data)
+            site.transform = self._transform(width, _format(site), data, g=self.g)
             if self.clip and site.activation is not None:
-                site.activation = Clip(site.activation, shape=(width // site.activation.format.block_of(width),))
+                site.activation = self._clip(site.activation, width)
             if self.weight_clip:
                 site.weights = {
-                    path: Clip(q, shape=(linears[path].out_features, width // q.format.block_of(width)))
-                    for path, q in site.weights.items()
+                    path: self._clip(q, width, linears[path].out_features) for path, q in site.weights.items()
                 }
-        weights = {path: data.block.get_submodule(path).weight for site in plan.sites for path in site.weights}
-        trained: list[nn.Parameter] = []
-        if solver.weight_lr is not None:
-            weights = {path: nn.Parameter(weight.clone()) for path, weight in weights.items()}
-            trained = list(weights.values())
-        transforms = [p for site in plan.sites if site.transform for p in site.transform.parameters()]
-        clips = [p for site in plan.sites for q in (site.activation, *site.weights.values()) for p in _logits(q)]
-        groups = [(transforms, self.lr), (clips, self.clip_lr)]
-        groups += [([w], (solver.weight_lr or 0.0) * w.detach().square().mean().sqrt().item()) for w in trained]
+        if plan.kv is not None:
+            self._map_values(plan, plan.kv.value.format, data)
+            plan.kv = self._cache(plan.kv, data)
         schedule = Schedule(epochs=self.epochs, batch=self.batch, objective=self.objective, inputs=self.inputs)
-        plan.loss = train(data, data.faked(plan, weights), groups, schedule)
-        plan.latents = {path: w.detach() for path, w in weights.items()} if trained else {}
+        train_plan(data, plan, solver, lr=self.lr, clip_lr=self.clip_lr, schedule=schedule)
         return plan
 
-    def _transform(self, width: int, activation: Quant | None, weight: Quant, data: BlockData) -> Transform | None:
-        format = (activation or weight).format
-        block = self.g or format.block_of(width)
+    def _cache(self, kv: KVQuantizer, data: BlockData) -> KVQuantizer:
+        """P_k, and a clip for each block of a head's lanes."""
+        lanes = data.head_dim
+        key, value = kv.key, kv.value
+        transform = self._transform(lanes, key.format, data)
+        if self.clip:
+            key, value = self._clip(key, lanes), self._clip(value, lanes)
+        return KVQuantizer(key, value, transform)
+
+    def _clip(self, quantizer: AbsMax, width: int, *rows: int) -> Clip:
+        whole = self.clip_scope == "global"
+        blocks = 1 if whole else width // quantizer.format.block_of(width)
+        return Clip(quantizer, shape=(*rows, blocks), whole=whole)
+
+    def _map_values(self, plan: Plan, format: BlockFormat, data: BlockData) -> None:
+        """P_v. What o then receives is transformed by P_v P_o, of which only P_o runs online: it starts as the identity where
+        both have blocks of one size. A family closed under products loses nothing by it (sheet: P_v^-1 merged into P_o).
+        """
+        site = plan.value_site()
+        if site is None or not isinstance(site.transform, BlockDiagonal):
+            return
+        plan.values = self._transform(data.head_dim, format, data)
+        if plan.values.block == site.transform.block:
+            site.transform = self._transform(site.transform.width, _format(site), data, g=self.g, init="identity")
+
+    def _transform(
+        self, width: int, format: BlockFormat, data: BlockData, *, g: int = 0, init: Init | None = None
+    ) -> Transform | None:
+        block, init = g or format.block_of(width), init or self.init
         if self.transform == "none":
             return None
         if self.transform == "hadamard":
-            return BlockHadamard(width=width, block=block)
+            return None if init == "identity" else BlockHadamard(width=width, block=block)
+        if self.transform == "global":
+            return Kronecker(width=width, left=balanced_split(width), init=init, generator=data.generator)
         if self.transform == "full":
-            return FullBlocks(width=width, block=block, init=self.init, generator=data.generator)
+            return FullBlocks(width=width, block=block, init=init, generator=data.generator)
         kind = GPK if self.transform == "gpk" else NaiveKronecker
-        return kind(width=width, block=block, g1=self.g1, init=self.init, generator=data.generator)
+        return kind(width=width, block=block, g1=self.g1, init=init, generator=data.generator)
+
+
+def _format(site: SitePlan) -> BlockFormat:
+    """The format whose blocks the site's transform is aligned with."""
+    quantizer = site.activation or next(iter(site.weights.values()))
+    return quantizer.inner.format if isinstance(quantizer, Clip) else quantizer.format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +149,3 @@ class BATQuantPaper(BATQuant):
     batch: int = 4
     objective: Objective = "mse"
     inputs: Inputs = "float"
-
-
-def _logits(quantizer: Quant | None) -> list[nn.Parameter]:
-    return [quantizer.logits] if isinstance(quantizer, Clip) and quantizer.logits is not None else []

@@ -1,4 +1,4 @@
-"""The one training loop: a block's quantized output is pulled towards its float output.
+"""The training loops: a block's quantized output is pulled towards its float output; rotations are learned end to end.
 
 AdamW with cosine decay over the calibration sequences (paper, section 4.1.2). The objective is either the paper's mean
 squared error (eq. 5), or relative to each token's own energy, so that the few tokens with massive activations do not own
@@ -15,7 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from microbat.methods.base import BlockData
+from microbat.methods.base import BlockData, ModelData, Plan, Solver
+from microbat.models.rotation import RotatedCheckpoint, Rotation
+from microbat.quantizers.clip import Clip
+from microbat.transforms.base import Transform
 
 Objective = Literal["mse", "relative", "stream"]
 Inputs = Literal["quantized", "float"]
@@ -45,6 +48,41 @@ def block_loss(output: Tensor, target: Tensor, source: Tensor, given: Tensor, ob
     if objective == "relative":
         energy = (target - source).square().sum(-1) + (given - source).square().sum(-1)
     return (error / energy.clamp(min=1e-12)).mean()
+
+
+def train_plan(data: BlockData, plan: Plan, solver: Solver, *, lr: float, clip_lr: float, schedule: Schedule) -> None:
+    """Train the transforms (at ``lr``) and clips (at ``clip_lr``) of ``plan``, and the weights if ``solver`` asks for it.
+
+    Leaves the trained weights in ``plan.latents`` and the loss of each step in ``plan.loss``.
+    """
+    weights = {path: data.block.get_submodule(path).weight for site in plan.sites for path in site.weights}
+    transforms = [*(site.transform for site in plan.sites), plan.kv and plan.kv.transform, plan.values]
+    quantizers = [q for site in plan.sites for q in (site.activation, *site.weights.values())]
+    quantizers += [plan.kv.key, plan.kv.value] if plan.kv else []
+    groups: list[tuple[list[nn.Parameter], float]] = [
+        ([p for transform in transforms if transform is not None for p in transform.parameters()], lr),
+        ([q.logits for q in quantizers if isinstance(q, Clip) and q.logits is not None], clip_lr),
+    ]
+    if solver.weight_lr is not None:
+        weights = {path: nn.Parameter(weight.clone()) for path, weight in weights.items()}
+        groups += [([w], solver.weight_lr * w.detach().square().mean().sqrt().item()) for w in weights.values()]
+    plan.loss = train(data, data.faked(plan, weights), groups, schedule)
+    plan.latents = {path: w.detach() for path, w in weights.items()}
+    fold_values(data.block, plan)
+
+
+@torch.no_grad()
+def fold_values(block: nn.Module, plan: Plan) -> None:
+    """Move the map of the values into the weights that make and that read them: it costs nothing when the model runs."""
+    paths = [p for site in plan.sites if site.site.headed for p in (site.site.producer, *site.site.consumers)]
+    linears = {path: block.get_submodule(path) for path in paths}
+    biases = {path: linear.bias for path, linear in linears.items()}
+    weights, biases = plan.map_values({path: linear.weight for path, linear in linears.items()}, biases)
+    plan.latents, _ = plan.map_values(plan.latents, dict.fromkeys(plan.latents))
+    for path, linear in linears.items():
+        linear.weight = nn.Parameter(weights[path], requires_grad=False)
+        linear.bias = None if biases[path] is None else nn.Parameter(biases[path], requires_grad=False)
+    plan.values = None
 
 
 def train(
@@ -84,3 +122,79 @@ def train(
                 raise FloatingPointError(f"block {data.index}: the loss is {losses[-1]} after {len(losses)} steps")
             data.progress(len(losses) / steps, losses[-1])
     return losses
+
+
+def learn_rotation(
+    model: ModelData,
+    start: Rotation,
+    online: Callable[[int], Transform],
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+) -> Rotation:
+    """Cayley SGD on ``start`` against the next token's cross-entropy with quantized activations and float weights.
+
+    Entries that are zero in ``start`` stay zero: a block-diagonal start keeps its blocks. ``online(width)`` is the fixed
+    rotation of what neither matrix reaches. The gains of the norms go into the weights
+    first; then each activation is rotated, quantized and rotated back, which costs far less than rotating every weight
+    and computes the same.
+    """
+    quantizer = model.scheme.activation
+    if quantizer is None:
+        return start  # nothing that a rotation could be learned from
+    family, head_dim = model.checkpoint.family, model.checkpoint.head_dim
+    identity = Rotation(stream=torch.eye(start.stream.shape[0]))
+    network = RotatedCheckpoint(model.checkpoint, identity).load().to(model.device)
+    stream = start.stream.to(model.device).requires_grad_()
+    assert start.heads is not None
+    heads = [head.to(model.device).requires_grad_() for head in start.heads]
+
+    def quantized(x: Tensor, matrix: Tensor) -> Tensor:
+        return quantizer.fake(x @ matrix) @ matrix.T
+
+    for head, block in zip(heads, network.get_submodule(family.blocks), strict=True):
+        for site in family.sites:
+            consumer = block.get_submodule(site.consumers[0])
+            if site.normed:
+                block.get_submodule(site.producer).register_forward_hook(lambda m, i, out: quantized(out, stream))
+            elif site.headed:
+
+                def by_head(module: nn.Module, inputs: tuple, head: Tensor = head) -> tuple:
+                    lanes = inputs[0].unflatten(-1, (-1, head_dim)) @ head
+                    return ((quantizer.fake(lanes.flatten(-2)).unflatten(-1, (-1, head_dim)) @ head.T).flatten(-2),)
+
+                consumer.register_forward_pre_hook(by_head)
+            else:
+                fixed = online(consumer.in_features).to(model.device)
+                consumer.weight.copy_(fixed.inverse_t(consumer.weight))
+                consumer.register_forward_pre_hook(lambda m, i, fixed=fixed: (quantizer.fake(fixed(i[0])),))
+    generator = torch.Generator().manual_seed(model.seed)
+    num = model.tokens.shape[0]
+    rows = torch.cat([torch.randperm(num, generator=generator) for _ in range(1 + steps * batch // num)])
+    for step in range(steps):
+        tokens = model.tokens[rows[step * batch : (step + 1) * batch]].to(model.device)
+        with torch.autocast(model.device.type, torch.bfloat16):
+            logits = network(tokens, use_cache=False).logits[:, :-1]
+        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the rotations' loss is {loss.item()} after {step} steps")
+        rate = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for matrix, gradient in zip((stream, *heads), torch.autograd.grad(loss, (stream, *heads)), strict=True):
+            with torch.no_grad():
+                matrix.copy_(cayley_step(matrix, gradient * (matrix != 0), rate))
+        model.progress((step + 1) / steps, loss.item())
+    return Rotation(stream=stream.detach().cpu(), heads=torch.stack([head.detach().cpu() for head in heads]))
+
+
+def cayley_step(x: Tensor, gradient: Tensor, lr: float) -> Tensor:
+    """One step of Cayley SGD (Li, Fuxin, Todorovic, 2020, arXiv 2002.01113) from an orthogonal ``x`` [n, n]."""
+    v = -gradient.mT
+    a = v @ x - 0.5 * x.mT @ (x @ v @ x)
+    w = a - a.mT
+    rate = min(lr, 1 / (w.abs().sum(-2).max().item() + 1e-8))
+    y = x.mT + rate * (w @ x.mT)
+    for _ in range(5):
+        y = x.mT + rate * 0.5 * (w @ (x.mT + y))
+    q, r = torch.linalg.qr(y.mT.to(torch.float64))  # five steps leave it nearly orthogonal
+    return (q * r.diagonal().sign()).to(x.dtype)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microbat.models.attention import attention_function
 from microbat.registry import instances
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -21,11 +22,17 @@ SINGLE_FILE = "model.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One activation inside a block: the module that produces it and the linear layers that consume it, as paths."""
+    """One activation inside a block: the module that produces it and the linear layers that consume it, as paths.
+
+    ``normed``: the producer is an RMSNorm of the residual stream. ``headed``: the producer's output, the values, is mixed
+    over tokens on its way here, head by head; its lanes are heads times the head's size.
+    """
 
     name: str
     producer: str
     consumers: tuple[str, ...]
+    normed: bool = False
+    headed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +41,8 @@ class Family:
 
     name: str
     sites: tuple[Site, ...]
+    writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")  # linear layers that add to the residual stream
+    attention: str = "self_attn"  # the module that mixes tokens, inside a block
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     rotary: str = "model.rotary_emb"
@@ -46,9 +55,10 @@ DECODER_SITES = (
         name="qkv",
         producer="input_layernorm",
         consumers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        normed=True,
     ),
-    Site(name="o", producer="self_attn.v_proj", consumers=("self_attn.o_proj",)),
-    Site(name="up", producer="post_attention_layernorm", consumers=("mlp.gate_proj", "mlp.up_proj")),
+    Site(name="o", producer="self_attn.v_proj", consumers=("self_attn.o_proj",), headed=True),
+    Site(name="up", producer="post_attention_layernorm", consumers=("mlp.gate_proj", "mlp.up_proj"), normed=True),
     Site(name="down", producer="mlp.up_proj", consumers=("mlp.down_proj",)),
 )
 
@@ -121,6 +131,11 @@ class Checkpoint:
         return config
 
     @property
+    def config_changes(self) -> dict[str, Any]:
+        """Entries of config.json that this checkpoint's tensors need changed."""
+        return {}
+
+    @property
     def quant_method(self) -> str | None:
         """Who quantized this checkpoint; None for a float one."""
         return json.loads((self.path / "config.json").read_text()).get("quantization_config", {}).get("quant_method")
@@ -132,6 +147,11 @@ class Checkpoint:
         if (self.path / "generation_config.json").is_file():
             return GenerationConfig.from_pretrained(self.path)
         return GenerationConfig.from_model_config(self.config)
+
+    @property
+    def head_dim(self) -> int:
+        """Lanes of one attention head; not always the hidden size divided by the number of heads."""
+        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
 
     @property
     def nbytes(self) -> int:
@@ -161,15 +181,16 @@ class Checkpoint:
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """All stored tensors under a module path, by their names below it."""
-        names = [n for n in self._files if n.startswith(prefix + ".")]
+        names = [n for n in self.names if n.startswith(prefix + ".")]
         return {n[len(prefix) + 1 :]: self.tensor(n) for n in names}
 
     def skeleton(self) -> nn.Module:
         """The causal language model on the meta device, its rotary tables real: no weight is read."""
         from transformers import AutoModelForCausalLM
 
+        name = attention_function()
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation=name)
         rotary = model.get_submodule(self.family.rotary)
         model.set_submodule(self.family.rotary, type(rotary)(config=self.config))
         return model.eval().requires_grad_(False)
@@ -187,12 +208,21 @@ class Checkpoint:
             )
         return module.requires_grad_(False)
 
+    def load(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The whole float model."""
+        model = self.skeleton()
+        for index, block in enumerate(model.get_submodule(self.family.blocks)):
+            self.load_into(block, f"{self.family.blocks}.{index}", dtype)
+        self.load_into(model.get_submodule(self.family.embedding), self.family.embedding, dtype)
+        self.load_head(model, dtype)
+        return model
+
     def load_head(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         """Fill the final norm and the output head of ``model``, tied to the embedding where the checkpoint ties them."""
         family = self.family
         self.load_into(model.get_submodule(family.norm), family.norm, dtype)
         head = model.get_submodule(family.head)
-        tied = f"{family.head}.weight" not in self._files
+        tied = f"{family.head}.weight" not in self.names
         self.load_into(head, family.embedding if tied else family.head, dtype)
 
 

@@ -16,14 +16,22 @@ class Clip(nn.Module):
 
     ``ratios`` [..., G, 2] broadcasts over the leading axes of the tensor: [G, 2] clips an activation's block alike in
     every token, [N, G, 2] clips each block of a weight on its own. While learning, ``logits`` are the parameter and
-    the ratios their sigmoid; :meth:`freeze` turns them into plain numbers.
+    the ratios their sigmoid; :meth:`freeze` turns them into plain numbers. ``whole`` takes the extremes of the whole last
+    axis instead of each block's, G = 1: FlatQuant's clipping, per token and per row of a weight.
     """
 
     fixed_ratios: Tensor
 
-    def __init__(self, inner: AbsMax, ratios: Tensor | None = None, *, shape: tuple[int, ...] | None = None):
+    def __init__(
+        self,
+        inner: AbsMax,
+        ratios: Tensor | None = None,
+        *,
+        shape: tuple[int, ...] | None = None,
+        whole: bool = False,
+    ):
         super().__init__()
-        self.inner = inner
+        self.inner, self.whole = inner, whole
         self.logits = None if shape is None else nn.Parameter(torch.full((*shape, 2), INIT_LOGIT))
         self.register_buffer("fixed_ratios", ratios)
 
@@ -33,11 +41,12 @@ class Clip(nn.Module):
 
     def freeze(self) -> "Clip":
         """The same clip with its present ratios as constants."""
-        return Clip(self.inner, self.ratios.detach().clone())
+        return Clip(self.inner, self.ratios.detach().clone(), whole=self.whole)
 
     def clip(self, x: Tensor) -> Tensor:
         """``x`` [..., K] with every block clipped; float32."""
-        x_GB = split_blocks(x.to(torch.float32), self.inner.format.block_of(x.shape[-1]))
+        width = x.shape[-1]
+        x_GB = split_blocks(x.to(torch.float32), width if self.whole else self.inner.format.block_of(width))
         low = self.ratios[..., 0] * x_GB.amin(-1).clamp(max=0)
         high = self.ratios[..., 1] * x_GB.amax(-1).clamp(min=0)
         return join_blocks(x_GB.clamp(low[..., None], high[..., None]), x.shape[-1])
@@ -46,5 +55,7 @@ class Clip(nn.Module):
         return self.inner.quantize(self.clip(x))
 
     def fake(self, x: Tensor) -> Tensor:
+        if self.whole:
+            return self.inner.fake(self.clip(x))
         ratios = self.ratios
         return self.inner.fake(x, ratios[..., 0], ratios[..., 1])

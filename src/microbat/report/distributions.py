@@ -6,7 +6,9 @@ values of chosen blocks after scaling, before rounding, on the format's grid; an
 
 from __future__ import annotations
 
-from microbat.report.figures import AFTER, BEFORE, axis, buttons, layout
+from typing import Any
+
+from microbat.report.figures import AFTER, BEFORE, COLOURS, axis, buttons, layout
 from microbat.report.text import escape, is_number, number, percent
 
 NUM_BINS = 97  # odd: one bin is centred on zero
@@ -71,22 +73,51 @@ def surface(record: dict) -> dict | None:
 
 def scaled_values(record: dict) -> dict | None:
     """Histograms of chosen blocks after scaling, before rounding; a row per block, dotted lines are the grid."""
-    sides = [(key, title, colour) for key, title, colour in SIDES if _rows(record.get(key), "scaled")]
-    if not sides:
+    sides = [(key, colour) for key, _, colour in SIDES if _rows(record.get(key), "scaled")]
+    columns = [
+        [(f"<b>{key.capitalize()}</b>, block {block}", values, colour) for block, values in _blocks(record[key])]
+        for key, colour in sides
+    ]
+    return _histograms(columns, record.get("grid") or [], row_height=200)
+
+
+def scaled_by_method(records: list[dict]) -> dict | None:
+    """The same of one layer under many methods, after each one's transform: a row per method, a column per block."""
+    rows = [
+        [
+            (f"<b>{escape(record['label'])}</b>, block {block}", values, COLOURS[index % len(COLOURS)])
+            for block, values in _blocks(record["after"])
+        ]
+        for index, record in enumerate(records)
+        if _rows(record.get("after"), "scaled")
+    ]
+    columns = [list(column) for column in zip(*rows, strict=False)]
+    return _histograms(columns, records[0].get("grid") or [], row_height=150) if columns else None
+
+
+def _blocks(side: dict) -> list[tuple[Any, list[float]]]:
+    """Each chosen block's index and its numbers."""
+    indices = side.get("blocks") or range(len(side["scaled"]))
+    return [(index, [v for v in row if is_number(v)]) for index, row in zip(indices, side["scaled"], strict=False)]
+
+
+def _histograms(columns: list[list[tuple[str, list[float], str]]], points: list, row_height: int) -> dict | None:
+    """Panels (caption, values, colour) in columns, all on one axis; dotted lines at the grid's points."""
+    if not columns:
         return None
-    grid = sorted({abs(point) for point in record.get("grid") or [] if is_number(point)})
+    grid = sorted({abs(point) for point in points if is_number(point)})
     marks = grid if len(grid) <= MAX_MARKS else grid[-1:]
-    values = {key: [[v for v in row if is_number(v)] for row in record[key]["scaled"]] for key, _, _ in sides}
-    reach = max([*grid, *(abs(v) for rows in values.values() for row in rows for v in row)], default=0.0) or 1.0
-    num_rows, num_columns = max(len(rows) for rows in values.values()), len(sides)
+    panels = [panel for column in columns for panel in column]
+    reach = max([*grid, *(abs(v) for _, values, _ in panels for v in values)], default=0.0) or 1.0
+    num_rows, num_columns = max(len(column) for column in columns), len(columns)
     gap_x, gap_y = 0.06, 0.36 / num_rows
     width, height = (1 - gap_x * (num_columns - 1)) / num_columns, (1 - gap_y * (num_rows - 1)) / num_rows
     traces, axes, captions, lines = [], {}, [], []
-    for column, (key, _, colour) in enumerate(sides):
-        for row, block_values in enumerate(values[key]):
+    for column, its_panels in enumerate(columns):
+        for row, (text, values, colour) in enumerate(its_panels):
             suffix = "" if not traces else str(len(traces) + 1)
             left, top = column * (width + gap_x), 1 - row * (height + gap_y)
-            centres, shares = _histogram(block_values, reach)
+            centres, shares = _histogram(values, reach)
             traces.append(
                 {
                     "type": "bar",
@@ -99,7 +130,7 @@ def scaled_values(record: dict) -> dict | None:
                 }
             )
             domain_y = [max(top - height, 0), top]
-            last = row == len(values[key]) - 1
+            last = row == len(its_panels) - 1
             axes[f"xaxis{suffix}"] = axis(
                 "x / scale" if last else "",
                 domain=[left, left + width],
@@ -111,9 +142,7 @@ def scaled_values(record: dict) -> dict | None:
                 "", domain=domain_y, anchor=f"x{suffix}", tickformat=".0%", nticks=4, rangemode="tozero"
             )
             lines += [_grid_line(point, suffix) for point in sorted({s * g for g in marks for s in (-1, 1)})]
-            blocks = record[key].get("blocks") or []
-            beyond = sum(abs(v) > grid[-1] for v in block_values) / len(block_values) if grid and block_values else None
-            text = f"<b>{key.capitalize()}</b>, block {blocks[row] if row < len(blocks) else row}"
+            beyond = sum(abs(v) > grid[-1] for v in values) / len(values) if grid and values else None
             if beyond:
                 text += f"<br><span style='font-size:11px'>{percent(beyond)} beyond the grid</span>"
             captions.append(_caption(text, left + width / 2, top))
@@ -125,7 +154,7 @@ def scaled_values(record: dict) -> dict | None:
             shapes=lines,
             showlegend=False,
             bargap=0,
-            height=96 + 200 * num_rows,
+            height=96 + row_height * num_rows,
             margin={"l": 48, "r": 12, "t": 44, "b": 48},
         ),
     }

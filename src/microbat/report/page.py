@@ -1,9 +1,10 @@
-"""One self-contained HTML page from a run's report: no network, one file that can be mailed and kept."""
+"""Self-contained HTML pages, first of all that of a run's report: no network, one file that can be mailed and kept."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from microbat.report import sections, theme
 from microbat.report.text import escape
@@ -41,8 +42,11 @@ def write_page(report: dict, path: Path) -> Path:
     A section whose data is missing is left out. The file appears whole or not at all. Raises ImportError when plotly
     is not installed.
     """
-    path = Path(path)
-    page = render(report, _plotly_script())
+    return write(render(report, plotly_script()), Path(path))
+
+
+def write(page: str, path: Path) -> Path:
+    """Write a page whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(page, encoding="utf-8")
@@ -55,23 +59,30 @@ def write_page(report: dict, path: Path) -> Path:
 def render(report: dict, plotly_script: str) -> str:
     """The page as text, around the given source of plotly.js."""
     body = "".join(part(report) for part in PARTS)
-    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in LINKS if f'id="{anchor}"' in body)
-    model = escape(report.get("model") or "Quantized model")
-    scheme = escape(" · ".join(str(report[key]) for key in ("scheme", "method", "solver") if report.get(key)))
+    under = " · ".join(str(report[key]) for key in ("scheme", "method", "solver") if report.get(key))
+    return frame(report.get("model") or "Quantized model", under, LINKS, body, report.get("microbat"), plotly_script)
+
+
+def frame(
+    title: Any, under: str, links: tuple[tuple[str, str], ...], body: str, version: Any, plotly_script: str
+) -> str:
+    """A whole page around its sections; a link to a section that is not there is left out."""
+    anchors = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name in links if f'id="{anchor}"' in body)
+    title, under = escape(title), escape(under)
     scripts = f"<script>{plotly_script}</script>" if 'class="figure"' in body else ""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{model} {scheme}</title><style>{theme.CSS}</style></head>\n<body><main>"
-        f'<header><h1>{model}</h1><p class="under">{scheme}</p></header>\n<nav>{links}</nav>\n{body}\n'
-        f"<footer>Written by microbat {escape(report.get('microbat'))}. "
+        f"<title>{title} {under}</title><style>{theme.CSS}</style></head>\n<body><main>"
+        f'<header><h1>{title}</h1><p class="under">{under}</p></header>\n<nav>{anchors}</nav>\n{body}\n'
+        f"<footer>Written by microbat {escape(version)}. "
         f"This page is complete in itself and loads nothing.</footer></main>\n{scripts}\n"
         f"<script>{theme.SCRIPT}</script></body></html>\n"
     )
 
 
-def _plotly_script() -> str:
+def plotly_script() -> str:
     """The source of plotly.js, fit to stand in a script element."""
     try:
         from plotly.offline import get_plotlyjs

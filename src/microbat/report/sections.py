@@ -36,16 +36,16 @@ def recipe(report: dict) -> str:
     if not rows and not settings:
         return ""
     body = "".join(f"<tr><th>{escape(name.capitalize())}</th><td>{escape(value)}</td></tr>" for name, value in rows)
-    tree = (
-        f"<details id='recipe-details'><summary>All hyper-parameters</summary>{_tree(settings)}</details>"
+    fold = (
+        f"<details id='recipe-details'><summary>All hyper-parameters</summary>{tree(settings)}</details>"
         if settings
         else ""
     )
-    return _section(
+    return section(
         "recipe",
         "Recipe",
         "Everything that decides the result; the run's recipe file holds the same values and reproduces it.",
-        f'<div class="scroll"><table class="pairs">{body}</table></div>{tree}',
+        f'<div class="scroll"><table class="pairs">{body}</table></div>{fold}',
     )
 
 
@@ -56,7 +56,7 @@ def errors(report: dict) -> str:
         ("fig-layers", "", figures.layer_errors(layers)),
         ("fig-blocks", "<h3>Error after each whole block</h3>", figures.block_errors(blocks)),
     ]
-    content = "".join(title + _figure(name, figure) for name, title, figure in plots if figure)
+    content = "".join(title + figure_html(name, figure) for name, title, figure in plots if figure)
     worst = max(
         (layer for layer in layers if is_number(layer.get("output_error"))),
         key=lambda row: row["output_error"],
@@ -69,7 +69,7 @@ def errors(report: dict) -> str:
     )
     if worst:
         how += f" The largest output error is {number(worst['output_error'], 3)}, in {worst.get('name')}."
-    return _section("errors", "Where the error is", how, content) if content else ""
+    return section("errors", "Where the error is", how, content) if content else ""
 
 
 def training(report: dict) -> str:
@@ -84,14 +84,14 @@ def training(report: dict) -> str:
         '<option value="">all blocks</option>'
         f"{options}</select></label></div>"
     )
-    content = tools + _figure("fig-training", curves)
+    content = tools + figure_html("fig-training", curves)
     if len(curves["data"]) > 1:
-        content += "<h3>All blocks at a glance</h3>" + _figure("fig-training-map", figures.training_map(blocks))
+        content += "<h3>All blocks at a glance</h3>" + figure_html("fig-training-map", figures.training_map(blocks))
     how = (
         "Each line is one block, from light (first) to dark (last); a line that still falls at its end would gain "
         "from more steps, one that rises has too high a learning rate."
     )
-    return _section("training", "Training", how, content)
+    return section("training", "Training", how, content)
 
 
 def activations(report: dict) -> str:
@@ -104,9 +104,13 @@ def activations(report: dict) -> str:
         "raising the plain around them, and spreads a block's scaled values over the format's grid in one hill "
         "rather than two."
     )
-    content = "".join(_activation(index, record) for index, record in enumerate(records))
-    content += _bimodality(records)
-    return _section("activations", "Activations before and after the transform", how, content)
+    return section("activations", "Activations before and after the transform", how, activation_plots(records))
+
+
+def activation_plots(records: list[dict], num_open: int = NUM_OPEN_LAYERS) -> str:
+    """The figures of each record, the first few open, and all records in one view of their bimodality."""
+    plots = (_activation(index, record, index < num_open) for index, record in enumerate(records))
+    return "".join(plots) + _bimodality(records)
 
 
 def layer_table(report: dict) -> str:
@@ -124,16 +128,16 @@ def layer_table(report: dict) -> str:
         f'<div class="scroll tall"><table class="sortable" id="table-layers">'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
-    return _section(
+    return section(
         "layers", "All layers", f"{len(layers)} quantized layers; click a column's name to sort by it.", table
     )
 
 
-def _section(anchor: str, title: str, how: str, content: str) -> str:
+def section(anchor: str, title: str, how: str, content: str) -> str:
     return f'<section><h2 id="{anchor}">{escape(title)}</h2><p class="how">{escape(how)}</p>{content}</section>'
 
 
-def _figure(name: str, figure: dict) -> str:
+def figure_html(name: str, figure: dict) -> str:
     """A place for the figure and its data, which stays inert text until the page's script reads it."""
     return (
         f'<div class="figure" id="{name}" style="min-height:{figure["layout"]["height"]}px"></div>'
@@ -233,13 +237,13 @@ def _format(value: Any) -> str:
     return f"{value.get('name', DASH)} ({extra})" if extra else str(value.get("name", DASH))
 
 
-def _tree(value: Any) -> str:
+def tree(value: Any) -> str:
     """Nested dicts and lists of dicts as nested folds, their plain values as a table."""
     items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
     plain = [(key, item) for key, item in items if not _is_nested(item)]
     rows = "".join(f"<tr><th>{escape(key)}</th><td>{escape(_plain(item))}</td></tr>" for key, item in plain)
     folds = "".join(
-        f'<details class="step" open><summary>{escape(key)}</summary>{_tree(item)}</details>'
+        f'<details class="step" open><summary>{escape(key)}</summary>{tree(item)}</details>'
         for key, item in items
         if _is_nested(item)
     )
@@ -256,7 +260,7 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _activation(index: int, record: dict) -> str:
+def _activation(index: int, record: dict, is_open: bool) -> str:
     plots = [
         (f"fig-surface-{index}", "", distributions.surface(record)),
         (
@@ -266,10 +270,10 @@ def _activation(index: int, record: dict) -> str:
             distributions.scaled_values(record),
         ),
     ]
-    content = "".join(intro + _figure(name, figure) for name, intro, figure in plots if figure)
+    content = "".join(intro + figure_html(name, figure) for name, intro, figure in plots if figure)
     if not content:
         return ""
-    if index < NUM_OPEN_LAYERS:
+    if is_open:
         return f"<h3>{escape(record.get('layer'))}</h3>{content}"
     return f'<details class="lazy"><summary>{escape(record.get("layer"))}</summary>{content}</details>'
 
@@ -282,7 +286,7 @@ def _bimodality(records: list[dict]) -> str:
         "(skew² + 1) / kurtosis of each block's scaled values, one point per block: a uniform distribution has 5/9, "
         "a Gaussian 1/3; well beyond 5/9 lie two peaks, which waste the middle of the grid, or a heavy lopsided tail."
     )
-    return f'<h3>Bimodality of the blocks</h3><p class="how">{escape(how)}</p>' + _figure("fig-bimodality", figure)
+    return f'<h3>Bimodality of the blocks</h3><p class="how">{escape(how)}</p>' + figure_html("fig-bimodality", figure)
 
 
 def _layer_row(layer: dict) -> str:

@@ -31,6 +31,7 @@ th { color: var(--quiet); font-weight: 600; }
 td.n, th.n { text-align: right; }
 tr.chosen td { font-weight: 650; background: #eef3fa; }
 .tall table { font-size: .86rem; } .tall td, .tall th { padding: .34rem .55rem; }
+.dense th, .dense td { font-size: .84rem; padding: .34rem .45rem; }
 .tall thead th { position: sticky; top: 0; background: var(--wash); }
 th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--accent); }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from microbat.export.folder import INDEX, OTHER_SHARD, block_shard, read_block, read_contract
+from microbat.export.folder import INDEX, OTHER_SHARD, block_shard, is_quantizers, read_block, read_contract
 from microbat.linear import install
 from microbat.models.base import Checkpoint
 
@@ -27,7 +27,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
         install(block, stored.quantized, dtype)
         floats = {key: tensor.to(dtype) for key, tensor in stored.floats.items()}
         missing = block.load_state_dict(floats, strict=False, assign=True).missing_keys
-        missing = [key for key in missing if ".site." not in key]
+        missing = [key for key in missing if not is_quantizers(key)]
         if missing:
             raise ValueError(f"shard {folder / block_shard(index)} lacks {missing[0]}")
     if not (folder / OTHER_SHARD).is_file():

@@ -1,4 +1,5 @@
-"""Learnable block-diagonal transforms of BATQuant: GPK, naive Kronecker, and full blocks (paper, section 3.1).
+"""Learnable transforms: BATQuant's block-diagonal GPK, naive Kronecker and full blocks (paper, section 3.1); FlatQuant's
+Kronecker product across the whole width (arXiv 2410.09426).
 
 Convention (Algorithm 1 of the paper; row vectors, a block read row-major as V [g2, g1]): the block map is
 V -> B_i V A, hence P_i = B_i^T (x) A. Equation 2 prints B_i (x) A; both name the same family. The weight side is the
@@ -14,8 +15,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from microbat.transforms.base import BlockDiagonal, inverse64
-from microbat.transforms.hadamard import hadamard
+from microbat.transforms.base import BlockDiagonal, Transform, inverse64
+from microbat.transforms.hadamard import hadamard, random_orthogonal
 
 Init = Literal["hadamard", "orthogonal", "identity"]
 
@@ -27,8 +28,7 @@ def initial_matrix(n: int, init: Init, generator: torch.Generator | None, batch:
         return hadamard(n).expand(shape).clone()
     if init == "identity":
         return torch.eye(n).expand(shape).clone()
-    q, r = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))
-    return (q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).to(torch.float32)
+    return random_orthogonal(shape, generator)
 
 
 def kron(left: Tensor, right: Tensor) -> Tensor:
@@ -112,3 +112,51 @@ class FullBlocks(BlockDiagonal):
 
     def inverse_blocks(self) -> Tensor:
         return inverse64(self.P)
+
+
+class Kronecker(Transform):
+    """One map across the whole width: P = L (x) R on row vectors, a row read row-major as X [n1, n2] going to L^T X R.
+
+    ``scale`` [K], while there, multiplies the row first: a factor per channel that a method may fold into the producer.
+    """
+
+    name: ClassVar[str] = "kronecker"
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        left: int,
+        init: Init = "orthogonal",
+        generator: torch.Generator | None = None,
+        scale: Tensor | None = None,
+    ):
+        super().__init__()
+        if left < 1 or width % left:
+            raise ValueError(f"a width of {width} does not split into {left} rows")
+        self.width, self.left = width, left
+        self.L = nn.Parameter(initial_matrix(left, init, generator))
+        self.R = nn.Parameter(initial_matrix(width // left, init, generator))
+        self.scale = None if scale is None else nn.Parameter(scale)
+
+    def settings(self) -> dict[str, Any]:
+        return {"width": self.width, "left": self.left}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.scale is None else x * self.scale
+        return _sandwich(x, self.L.to(x.dtype), self.R.to(x.dtype))
+
+    def inverse_t(self, w: Tensor) -> Tensor:
+        w = w if self.scale is None else w / self.scale
+        return _sandwich(w, inverse64(self.L).T.to(w.dtype), inverse64(self.R).T.to(w.dtype))
+
+
+def _sandwich(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """L^T X R for every row [..., n1 n2] of ``x``: two products."""
+    rows = x.reshape(-1, left.shape[0], right.shape[0])
+    return (left.T @ (rows @ right)).reshape(x.shape)
+
+
+def balanced_split(n: int) -> int:
+    """n1 of the most balanced n = n1 n2 that n1 <= n2 allows (FlatQuant's rule, sheet B7)."""
+    return max(d for d in range(1, int(n**0.5) + 1) if n % d == 0)

@@ -1,0 +1,249 @@
+"""One model under many methods, schemes and seeds: every cell quantized, measured, and told from noise.
+
+What is done is never done again, so that an interrupted comparison goes on. Its folder holds
+
+    cells/<name>/        the checkpoint folder of each run, with numbers.json: what it was measured to be, and answers/
+    tokens/              calibration tokens, one file for all runs on the same text
+    numbers.json         the float model's own, with its answers/
+    comparison.json      the result, and the page of it: comparison.html
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from microbat import pipeline
+from microbat.evaluation.scores import Scores, Tasks, recovered
+from microbat.evaluation.spread import Estimate, estimate, indistinct, overlap
+from microbat.export.folder import write_json
+from microbat.recipe import describe, to_json
+from microbat.report.comparison import write_comparison
+from microbat.suite import Cell, Suite
+
+NUMBERS = "numbers.json"
+QUALITY = ("perplexity", "ratio", "kl", "top1")
+COUNTS = ("unparsed", "truncated", "samples")  # of a benchmark's answers, over all runs
+
+
+def compare(
+    suite: str | Path, *, out: str | Path, model: str = "", calibration: str = "", text: str = "", quick: bool = False
+) -> dict[str, Any]:
+    """Run the suite in a YAML file (see :mod:`microbat.suite`) into the folder ``out``; the content of comparison.json.
+
+    ``model``, ``calibration`` and ``text`` replace the suite's own, ``quick`` takes its quick form. Raises ValueError, before
+    any work, for whatever is wrong with the suite, and for a folder that holds another comparison. A cell that fails on the
+    way, say because its training diverges, is recorded with the reason and does not stop the others.
+    """
+    chosen = Suite.read(Path(suite), model=model, calibration=calibration, text=text, quick=quick)
+    place = Path(out)
+    tasks = _check(chosen, place)
+    (place / "tokens").mkdir(parents=True, exist_ok=True)
+    _measure_tasks(chosen, tasks, chosen.model, place)  # the float model first: what is missing shows at once
+    failures: dict[str, str] = {}
+    cells = chosen.cells()
+    waiting = [cell for cell in cells if not _folder(place, cell).exists()]
+    for cell in waiting:
+        pipeline.write_tokens(cell.recipe, _tokens(place, cell))
+    for number, cell in enumerate(waiting, 1):
+        title = f"{number}/{len(waiting)} {cell.name}"
+        try:
+            pipeline.run(cell.recipe, _folder(place, cell), tokens=_tokens(place, cell), title=title)
+        except (ValueError, FloatingPointError) as error:
+            failures[cell.name] = str(error)
+    done = [cell for cell in cells if cell.name not in failures]
+    _measure_quality(chosen, place, done)
+    for cell in done:
+        _measure_tasks(chosen, tasks, _folder(place, cell), _folder(place, cell))
+    content = _content(chosen, place, failures)
+    write_json(place / "comparison.json", content)
+    write_comparison(content, _pictures(chosen, place, done), place / "comparison.html")
+    return content
+
+
+def _check(suite: Suite, place: Path) -> Tasks:
+    """Raise for whatever is wrong with the request; the suite's benchmarks."""
+    evaluation = suite.evaluation
+    for cell in suite.cells():
+        made = _folder(place, cell) / "recipe.json"
+        if not made.parent.exists():
+            try:
+                pipeline.check(cell.recipe)
+            except ValueError as error:
+                raise ValueError(f"row {cell.label!r}: {error}") from error
+        elif json.loads(made.read_text())["recipe"] != to_json(cell.recipe):
+            raise ValueError(f"{made.parent} was made by another recipe; remove it or choose another output folder")
+    pipeline.text_windows(suite.model, evaluation.text, evaluation.window, evaluation.windows)
+    data = Path(evaluation.data) if evaluation.data else None
+    return Tasks(names=evaluation.tasks, data=data, limit=evaluation.limit, sampling=evaluation.sampling)
+
+
+def _folder(place: Path, cell: Cell) -> Path:
+    return place / "cells" / cell.name
+
+
+def _tokens(place: Path, cell: Cell) -> Path:
+    """A file for what decides the calibration tokens."""
+    recipe = cell.recipe
+    parts = (recipe.calibration, recipe.num_calibration_samples, recipe.max_seq_length, recipe.seed)
+    return place / "tokens" / f"{_key([recipe.model, *parts])}.safetensors"
+
+
+def _key(content: Any) -> str:
+    """A short name for plain data."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def _measure_quality(suite: Suite, place: Path, cells: Sequence[Cell]) -> None:
+    """Perplexity and distance from the float model of what has not been measured yet, as many at once as memory holds:
+    they share one pass of the float model over the text."""
+    on = {name: getattr(suite.evaluation, name) for name in ("text", "window", "windows")}
+    protocol = {"model": suite.model, **on}
+    waiting = [cell for cell in cells if _kept(_folder(place, cell), "quality", protocol) is None]
+    if not waiting and _kept(place, "quality", protocol) is not None:
+        return
+    size = max(1, pipeline.held_together(suite.model) - 1)
+    for start in range(0, max(1, len(waiting)), size):
+        group = {cell.name: _folder(place, cell) for cell in waiting[start : start + size]}
+        result = pipeline.evaluate({"float": suite.model, **group}, **on)
+        rows = {row["name"]: row for row in result.pop("rows")}
+        for name, folder in group.items():
+            _keep(folder, "quality", protocol, rows[name])
+        _keep(place, "quality", protocol, {**result, **rows["float"]})
+
+
+def _measure_tasks(suite: Suite, tasks: Tasks, model: str | Path, place: Path) -> None:
+    """Benchmark scores of ``model``, kept in ``place``; its answers too, apart for each way of drawing them."""
+    protocol = {"model": suite.model, **tasks.protocol}
+    if tasks.names and _kept(place, "tasks", protocol) is None:
+        answers = place / "answers" / _key(tasks.sampling.draws)
+        _keep(place, "tasks", protocol, pipeline.task_scores(model, tasks, answers=answers))
+
+
+def _numbers(place: Path) -> dict[str, Any]:
+    file = place / NUMBERS
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _kept(place: Path, kind: str, protocol: dict[str, Any]) -> dict[str, Any] | None:
+    """What was measured before, if it was measured in the same way."""
+    entry = _numbers(place).get(kind)
+    return entry["result"] if entry and entry["protocol"] == protocol else None
+
+
+def _keep(place: Path, kind: str, protocol: dict[str, Any], result: dict[str, Any]) -> None:
+    write_json(place / NUMBERS, {**_numbers(place), kind: {"protocol": protocol, "result": result}})
+
+
+def _content(suite: Suite, place: Path, failures: dict[str, str]) -> dict[str, Any]:
+    """The whole comparison as plain data: what the terminal shows and the page draws."""
+    reference = _numbers(place)
+    measured = ("text", "windows", "window", "stride", "tokens", "perplexity", "perplexity_stderr")
+    groups = {cell.group: [c for c in suite.cells() if c.group == cell.group] for cell in suite.cells()}
+    scores = reference["tasks"]["result"] if suite.evaluation.tasks else {}
+    return {
+        "microbat": version("microbat"),
+        "title": suite.title,
+        "model": suite.model,
+        "calibration": asdict(suite.calibration),
+        "evaluation": {name: reference["quality"]["result"][name] for name in measured},
+        "tasks": _tasks([scores]),
+        "groups": [
+            {"title": title, "entries": _entries(cells, place, failures, scores)} for title, cells in groups.items()
+        ],
+    }
+
+
+def _entries(cells: list[Cell], place: Path, failures: dict[str, str], scores: dict[str, Any]) -> list[dict[str, Any]]:
+    """One entry per label and scheme over its seeds, each with its standing among those of the same scheme, and in its
+    family: the rows that differ in their last step only."""
+    entries, runs, families = [], [], []
+    for label, scheme in dict.fromkeys((cell.label, cell.recipe.scheme) for cell in cells):
+        own = [cell for cell in cells if (cell.label, cell.recipe.scheme) == (label, scheme)]
+        done = [_folder(place, cell) for cell in own if cell.name not in failures]
+        runs.append([_numbers(folder)["quality"]["result"] for folder in done])
+        preparers, solver = own[0].recipe.methods()
+        family = (preparers, own[0].recipe.scale_rule)
+        families += [family] if family not in families else []
+        entry: dict[str, Any] = {
+            "label": label,
+            "scheme": scheme,
+            "seeds": [cell.recipe.seed for cell in own if cell.name not in failures],
+            "failed": {str(cell.recipe.seed): failures[cell.name] for cell in own if cell.name in failures},
+            "varied": own[0].varied,
+            "recipe": to_json(own[0].recipe),
+            "preparers": [describe(method) for method in preparers],
+            "solver": describe(solver),
+            "family": families.index(family),
+            "standing": {},
+            "standing_in_family": {},
+        }
+        if done:
+            for metric in QUALITY:
+                stderrs = [run[f"{metric}_stderr"] for run in runs[-1]]
+                entry[metric] = asdict(estimate([run[metric] for run in runs[-1]], stderrs))
+            reports = [json.loads((folder / "report.json").read_text()) for folder in done]
+            seconds = [sum(block["seconds"] for block in report["blocks"]) for report in reports]
+            entry["seconds"] = sum(seconds) / len(seconds)
+            entry["bits_per_weight"] = reports[0]["bits_per_weight"]
+            if scores:
+                entry |= _scored([_numbers(folder)["tasks"]["result"] for folder in done], scores)
+        entries.append(entry)
+    measured = [(entry, own) for entry, own in zip(entries, runs, strict=True) if own]
+    for scheme in dict.fromkeys(entry["scheme"] for entry in entries):
+        rivals = [(entry, own) for entry, own in measured if entry["scheme"] == scheme]
+        _rank("standing", rivals)
+        for family in {entry["family"] for entry, _ in rivals}:
+            _rank("standing_in_family", [(entry, own) for entry, own in rivals if entry["family"] == family])
+    return entries
+
+
+def _scored(runs: list[Scores], reference: Scores) -> dict[str, Any]:
+    """Each benchmark's score, and recovery where it has a meaning, over the runs."""
+    found = [recovered(run, reference) for run in runs]
+    entry: dict[str, Any] = {"tasks": _tasks(runs)}
+    if pairs := [pair for pair in found if pair is not None]:
+        entry["recovery"] = asdict(estimate([v for v, _ in pairs], [error for _, error in pairs], over="items"))
+    return entry
+
+
+def _tasks(runs: list[Scores]) -> dict[str, Any]:
+    """Each benchmark's score over the runs, with what was counted of answers that were drawn."""
+    return {
+        task: asdict(
+            estimate([run[task]["score"] for run in runs], [run[task]["stderr"] for run in runs], over="items")
+        )
+        | {name: sum(run[task][name] for run in runs) for name in COUNTS if name in first}
+        | {"n": first.get("n")}
+        for task, first in runs[0].items()
+    }
+
+
+def _rank(key: str, measured: list[tuple[dict[str, Any], list[dict[str, Any]]]]) -> None:
+    """Write into each entry how it stands: ``best``, ``tied`` (not distinguishable from the best) or ``behind``."""
+    for metric, per_window in (("ratio", "window_nll"), ("kl", "window_kl")):
+        if measured:
+            best, best_runs = min(measured, key=lambda pair: pair[0][metric]["value"])
+            for entry, runs in measured:
+                same = indistinct([run[per_window] for run in runs], [run[per_window] for run in best_runs])
+                entry[key][metric] = "best" if entry is best else "tied" if same else "behind"
+    scored = [(entry, Estimate(**entry["recovery"])) for entry, _ in measured if "recovery" in entry]
+    if scored:
+        best, top = max(scored, key=lambda pair: pair[1].value)
+        for entry, value in scored:
+            entry[key]["recovery"] = "best" if entry is best else "tied" if overlap(value, top) else "behind"
+
+
+def _pictures(suite: Suite, place: Path, done: list[Cell]) -> list[dict[str, Any]]:
+    """The activations of one layer that every method of the main table has a picture of, at the first scheme."""
+    records: dict[str, dict[str, dict[str, Any]]] = {}
+    for cell in done:
+        if not cell.group and cell.recipe.scheme == suite.schemes[0] and cell.label not in records:
+            report = json.loads((_folder(place, cell) / "report.json").read_text())
+            records[cell.label] = {record["layer"]: record for record in report["activations"]}
+    common = set.intersection(*(set(layers) for layers in records.values())) if records else set()
+    layer = next((name for layers in records.values() for name in reversed(layers) if name in common), "")
+    return [{"label": label, **layers[layer]} for label, layers in records.items() if layer]

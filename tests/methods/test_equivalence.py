@@ -1,0 +1,95 @@
+"""With quantizers off, every method leaves the model's function as it was: GQA, tied embeddings, Qwen3's own head size."""
+
+import pytest
+import torch
+
+from microbat import pipeline
+from microbat.calibrate.engine import Job, calibrate
+from microbat.formats.block import QTensor
+from microbat.linear import install
+from microbat.methods.base import ModelData, Preparer
+from microbat.methods.rtn import RTN
+from microbat.models.base import Checkpoint
+from microbat.models.rotation import RotatedCheckpoint
+from microbat.quantizers.base import AbsMax
+from microbat.quantizers.clip import Clip
+from microbat.recipe import methods
+from microbat.scheme import Scheme
+
+PREPARERS = {name: kind for name, kind in methods().items() if issubclass(kind, Preparer)}
+SETTINGS = {
+    "batquant": {"epochs": 2, "clip": False, "weight_clip": False, "init": "orthogonal"},
+    "flatquant": {"epochs": 1},
+    "brq": {"steps": 2},
+    "smoothquant": {"alpha": 0.6},
+    "spinquant": {"steps": 2},
+    "batquant-paper": {"epochs": 1, "clip": False, "weight_clip": False},
+}
+
+
+class Exact(QTensor):
+    def dequantize(self):
+        return self.codes
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", PREPARERS)
+def test_float_function_is_kept(tiny, monkeypatch, name, family):
+    monkeypatch.setattr(AbsMax, "fake", lambda self, x, low=None, high=None: x.to(torch.float32))
+    monkeypatch.setattr(AbsMax, "quantize", lambda self, x: Exact(format=self.format, codes=x, scales=torch.empty(0)))
+    monkeypatch.setattr(Clip, "clip", lambda self, x: x)
+    original = Checkpoint(tiny(family) if family == "qwen3" else tiny(family, hidden_size=128))  # heads of 32 lanes
+    preparer = PREPARERS[name](**SETTINGS.get(name, {}))
+    tokens = torch.randint(2, 90, (4, 16), generator=torch.Generator().manual_seed(0))
+    scheme = Scheme.parse("W4A4KV4")
+    rotation = preparer.rotation(
+        ModelData(checkpoint=original, tokens=tokens, scheme=scheme, seed=3, device=torch.device("cpu"), progress=print)
+    )
+    checkpoint = original if rotation is None else RotatedCheckpoint(original, rotation)
+    blocks = {}
+
+    class Keeper:
+        def load(self, index):
+            return None
+
+        def save(self, index, block, module, record):
+            blocks[index] = block, {k: v for k, v in module.state_dict().items() if "norm" in k or "bias" in k}
+
+    job = Job(
+        checkpoint=checkpoint,
+        scheme=scheme,
+        preparers=(preparer,),
+        solver=RTN(),
+        tokens=tokens,
+        seed=0,
+        precision="float32",
+        device=torch.device("cpu"),
+    )
+    list(calibrate(job, Keeper(), lambda *a: {}, lambda *a: None))
+    model = checkpoint.load()
+    with torch.no_grad():
+        before = pipeline.load(original.path)(tokens).logits
+        for index, (block, norms) in blocks.items():
+            install(model.model.layers[index], block)
+            model.model.layers[index].load_state_dict(norms, strict=False)
+        after = model(tokens).logits
+    assert (before - after).abs().max() < 1e-3
+
+
+def test_rotation_moves_the_stream(tiny):
+    """The equivalence above is not that of doing nothing."""
+    original = Checkpoint(tiny("qwen3"))
+    data = ModelData(
+        checkpoint=original,
+        tokens=torch.zeros(1, 4, dtype=torch.int64),
+        scheme=Scheme.parse("W4A4"),
+        seed=3,
+        device=torch.device("cpu"),
+        progress=lambda *x: None,
+    )
+    for name in ("quarot", "brq"):
+        rotated = RotatedCheckpoint(original, PREPARERS[name]().rotation(data))
+        key = "model.layers.0.mlp.down_proj.weight"
+        assert (rotated.tensor(key) - original.tensor(key)).abs().max() > 0.05
+        assert "lm_head.weight" in rotated.names
+        assert "lm_head.weight" not in original.names
