@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from microbat.evaluation.benchmarks import BENCHMARKS
 from microbat.evaluation.generation import Sampling
 from microbat.suite import Suite
 
@@ -89,6 +90,13 @@ def test_the_suites_that_come_along_are_good(name):
     assert Suite.read(path).cells()
     if "quick" in yaml.safe_load(path.read_text()):
         assert Suite.read(path, quick=True).cells()
+
+
+def test_the_reasoning_suite_samples_as_the_paper():
+    evaluation = Suite.read(ROOT / "suites" / "paper-llm-reasoning.yaml").evaluation
+    samples = {task: BENCHMARKS[task].samples for task in evaluation.tasks}
+    assert samples == {"gsm8k": 1, "math500": 3, "aime24": 16, "aime25": 16, "gpqa_diamond": 10}
+    assert evaluation.sampling.draws == Sampling().draws
 
 
 def test_how_answers_are_sampled_is_checked_by_name(tmp_path):
