@@ -1,5 +1,6 @@
 """``microbat compare`` end to end on a tiny model: the numbers, resumption, failures, the folder of another comparison."""
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 import microbat
 from microbat import comparison, pipeline
 from microbat.cli import app
+from microbat.evaluation.benchmarks import BENCHMARKS
 from microbat.evaluation.quality import recovery
 
 LABELS = ["RTN", "GPTQ", "BATQuant + RTN", "BATQuant + GPTQ"]
@@ -244,10 +246,10 @@ def test_benchmarks_give_recovery(content, tmp_path, monkeypatch):
     }
     asked = []
 
-    def score(model, tasks, *, data, limit):
+    def score(model, tasks, *, answers):
         asked.append(str(model))
         chosen = scores["float" if str(model) == content["model"] else "other"]
-        return {task: dict(zip(("score", "stderr"), chosen[task], strict=True)) for task in tasks}
+        return {task: dict(zip(("score", "stderr"), chosen[task], strict=True)) for task in tasks.names}
 
     monkeypatch.setattr(pipeline, "task_scores", score)
     evaluation = {**content["evaluation"], "tasks": ["piqa", "boolq"], "limit": 5}
@@ -257,10 +259,63 @@ def test_benchmarks_give_recovery(content, tmp_path, monkeypatch):
     expected = recovery({"piqa": 0.6, "boolq": 0.5}, {"piqa": 0.8, "boolq": 0.5})
     assert found["value"] == pytest.approx(expected) == 87.5
     assert found["error"] == pytest.approx(100 * ((0.02 / 0.8) ** 2 + (0.04 / 0.5) ** 2) ** 0.5 / 2)
+    assert entry(result, "RTN")["tasks"]["piqa"] == {"value": 0.6, "error": 0.02, "over": "items", "n": None}
     assert {e["standing"]["recovery"] for e in result["groups"][0]["entries"]} == {"best", "tied"}
     assert asked[0] == content["model"]
     microbat.compare(suite, out=tmp_path / "out", quick=True)
     assert len(asked) == 3
+
+
+def test_answers_in_the_models_own_words_are_kept_apart_for_each_way_of_drawing_them(content, tmp_path, monkeypatch):
+    (tmp_path / "gsm8k").mkdir()
+    rows = [{"question": f"How many is {i}?", "answer": f"#### {i}"} for i in range(1, 4)]
+    (tmp_path / "gsm8k" / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    drawn = []
+
+    def verdict_of_a_draw(fields):
+        return lambda text: drawn.append(text) or len(drawn) % 3 != 0
+
+    monkeypatch.setitem(BENCHMARKS, "gsm8k", dataclasses.replace(BENCHMARKS["gsm8k"], judge=verdict_of_a_draw))
+    sampling = {"max_new_tokens": 5, "samples": 2}
+    evaluation = {**content["evaluation"], "tasks": ["gsm8k"], "data": str(tmp_path), "sampling": sampling}
+    changed = {**content, "evaluation": evaluation}
+    out = tmp_path / "out"
+    done = CliRunner().invoke(
+        app, ["compare", "--suite", str(save(changed, tmp_path)), "--quick", "--out", str(out)], env={"COLUMNS": "200"}
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads((out / "comparison.json").read_text())
+    score = {"over": "items", "unparsed": 0, "truncated": 6, "samples": 2, "n": 3}
+    assert result["tasks"]["gsm8k"].items() >= score.items()
+    found = entry(result, "RTN")
+    assert found["tasks"]["gsm8k"].items() >= score.items()
+    assert found["recovery"]["value"] == pytest.approx(
+        100 * found["tasks"]["gsm8k"]["value"] / result["tasks"]["gsm8k"]["value"]
+    )
+    assert "Tiny, W4A4KV16: benchmarks" in done.output
+    for place in (done.output, (out / "comparison.html").read_text()):
+        assert "(6 truncated of 6)" in place
+    assert len(drawn) == 3 * 6
+
+    (out / "numbers.json").unlink()
+    microbat.compare(tmp_path / "tiny.yaml", out=out, quick=True)
+    assert len(drawn) == 3 * 6  # judged before, kept since
+    sampling["top_k"] = 5
+    microbat.compare(save(changed, tmp_path), out=out, quick=True)
+    assert len(drawn) == 2 * 3 * 6
+
+
+def test_benchmarks_that_the_float_model_fails_leave_recovery_out(content, tmp_path, monkeypatch):
+    scores = {"piqa": {"score": 0.0, "stderr": None}}
+    monkeypatch.setattr(pipeline, "task_scores", lambda model, tasks, *, answers: scores)
+    evaluation = {**content["evaluation"], "tasks": ["piqa"]}
+    suite = save({**content, "evaluation": evaluation}, tmp_path)
+    done = CliRunner().invoke(app, ["compare", "--suite", str(suite), "--quick", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "failed" not in done.output
+    result = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert "recovery" not in entry(result, "RTN")
+    assert entry(result, "RTN")["tasks"]["piqa"]["value"] == 0
 
 
 class TestBadInput:
@@ -291,6 +346,8 @@ class TestBadInput:
         self.fails({**content, "evaluation": {**evaluation, "window": 10**6}}, tmp_path, "fewer than one window")
         wrong = {**evaluation, "tasks": ["pika"], "data": str(tmp_path)}
         self.fails({**content, "evaluation": wrong}, tmp_path, "unknown task 'pika'; did you mean 'piqa'")
+        missing = {**evaluation, "tasks": ["math500"], "data": str(tmp_path)}
+        self.fails({**content, "evaluation": missing}, tmp_path, "math500/test.jsonl")
 
     def test_short_calibration_text_stops_everything(self, content, tmp_path):
         short = tmp_path / "short.txt"

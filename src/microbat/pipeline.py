@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from microbat.calibrate import data as calibration_data
 from microbat.calibrate.data import Calibration
 from microbat.calibrate.engine import Job, Precision, Record, calibrate, preflight
-from microbat.evaluation.quality import compare, recovery
-from microbat.evaluation.tasks import check_tasks, run_tasks
+from microbat.evaluation.generation import Sampling, Served
+from microbat.evaluation.quality import compare
+from microbat.evaluation.scores import Scores, Tasks, by_likelihood, recovered
 from microbat.evaluation.text import load_text
 from microbat.evaluation.windows import Windows, tokenize
 from microbat.evaluation.windows import windows as cut_windows
@@ -185,29 +187,39 @@ def evaluate_tasks(
     limit: int | None = None,
     device: str = "auto",
     reference: str = "float",
+    sampling: Sampling | None = None,
+    answers: Path = Path("microbat-answers"),
 ) -> dict[str, Any]:
-    """Benchmarks by lm-evaluation-harness for each of ``models``, and each one's recovery against ``reference``."""
-    check_tasks(tasks, data)
-    models = dict(models)
-    if reference not in models:
-        models = {reference: _float_model(next(iter(models.values()))), **models}
-    scores = {name: task_scores(path, tasks, data=data, limit=limit, device=device) for name, path in models.items()}
-    headline = {name: {task: r["score"] for task, r in results.items()} for name, results in scores.items()}
-    return {
-        "reference": reference,
-        "models": {
-            name: {"tasks": results, "recovery": recovery(headline[name], headline[reference])}
-            for name, results in scores.items()
-        },
-    }
+    """Benchmarks for each of ``models``, and each one's recovery against ``reference``.
+
+    ``tasks``, ``data``, ``limit`` and ``sampling`` (None: as in the paper) are those of :class:`Tasks`; finished answers
+    are kept below ``answers``. For benchmarks in the model's own words, a model may also be the URL of an
+    OpenAI-compatible server. Recovery is None where it has no meaning: for a served model without a reference, and where
+    the reference scores 0.
+    """
+    served = [name for name, path in models.items() if _is_url(path)]
+    if served and (harness := by_likelihood(tasks)):
+        raise ValueError(
+            f"{', '.join(harness)} need a model's likelihoods: give {served[0]!r} as a folder, not a server"
+        )
+    chosen = Tasks(names=tuple(tasks), data=data, limit=limit, sampling=sampling or Sampling())
+    first = next(iter(models.values()))
+    if reference not in models and not _is_url(first):
+        models = {reference: _float_model(first), **models}
+    scores = {name: task_scores(path, chosen, answers=answers / name, device=device) for name, path in models.items()}
+    base = scores.get(reference, {})
+    rows: dict[str, dict[str, Any]] = {}
+    for name, own in scores.items():
+        value, stderr = recovered(own, base) or (None, None)
+        rows[name] = {"tasks": own, "recovery": value, "recovery_stderr": None if own is base else stderr}
+    return {"reference": reference if base else None, "models": rows}
 
 
-def task_scores(
-    model: str | Path, tasks: list[str], *, data: Path | None = None, limit: int | None = None, device: str = "auto"
-) -> dict[str, dict[str, float]]:
-    """Benchmark -> ``score``, ``stderr`` and all that the harness reports, of one model."""
-    results = run_tasks(load(model, device=_device(device)), tokenizer_of(model), tasks, data=data, limit=limit)
-    return {task: dict(zip(("score", "stderr"), _headline(r), strict=True), **r) for task, r in results.items()}
+def task_scores(model: str | Path, tasks: Tasks, *, answers: Path, device: str = "auto") -> Scores:
+    """Benchmark -> ``score``, ``stderr`` and all else that was counted, of one model; ``answers`` keeps what it wrote."""
+    if _is_url(model):
+        return tasks.answered(Served(url=str(model), sampling=tasks.sampling), _identity(model), answers)
+    return tasks.scores(load(model, device=_device(device)), tokenizer_of(model), _identity(model), answers)
 
 
 def held_together(model: str | Path) -> int:
@@ -215,10 +227,18 @@ def held_together(model: str | Path) -> int:
     return (HELD_TOGETHER - 1) // _float32_bytes(model)
 
 
-def _headline(result: dict[str, Any]) -> tuple[float, float]:
-    """A benchmark's one score and its standard error: length-normalised accuracy where it has that."""
-    key = "acc_norm" if result.get("acc_norm") is not None else "acc"
-    return result[key], result[f"{key}_stderr"]
+def _is_url(model: str | Path) -> bool:
+    return str(model).startswith(("http://", "https://"))
+
+
+def _identity(model: str | Path) -> str:
+    """What tells a model's answers from those of another: a microbat folder may be written anew at the same place."""
+    if _is_url(model):
+        return f"{Served(url=str(model), sampling=Sampling()).model} at {model}"
+    path = resolve(model).resolve()
+    if not folders.is_microbat_folder(path):
+        return str(path)
+    return f"{path}, recipe {hashlib.sha256((path / 'recipe.json').read_bytes()).hexdigest()[:16]}"
 
 
 def _float32_bytes(model: str | Path) -> int:
