@@ -43,7 +43,7 @@ def quantize(model: str | Path, *, out: str | Path, **fields: Any) -> Path:
 
 def check(recipe: Recipe) -> Checkpoint:
     """The model of ``recipe``; raises ValueError for whatever is wrong with the request, before anything is computed."""
-    recipe.methods()
+    preparers, _ = recipe.methods()
     scheme = recipe.parsed_scheme()
     calibration_data.check_source(recipe.calibration)
     if scheme.weight is None:
@@ -51,6 +51,14 @@ def check(recipe: Recipe) -> Checkpoint:
     checkpoint = Checkpoint(resolve(recipe.model))
     if checkpoint.quant_method is not None:
         raise ValueError(f"{checkpoint.path} is quantized already ({checkpoint.quant_method}); give the float model")
+    family = checkpoint.family
+    for preparer in preparers:
+        missing = [kind for kind in preparer.needs if not any(getattr(site, kind) for site in family.sites)]
+        if missing:
+            raise ValueError(
+                f"method {preparer.name!r} cannot act on family {family.name!r}: none of its sites is {missing[0]} "
+                "(microbat.models.base.Site). Choose another method, or say so in the family's file if one is."
+            )
     preflight(checkpoint, scheme)
     return checkpoint
 
