@@ -5,7 +5,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from microbat.export.folder import INDEX, OTHER_SHARD, block_shard, is_quantizers, read_block, read_contract
+from microbat.export.folder import (
+    INDEX,
+    OTHER_SHARD,
+    block_shard,
+    check_fit,
+    is_quantizers,
+    read_block,
+    read_contract,
+    read_shard,
+)
 from microbat.linear import install
 from microbat.models.base import Checkpoint
 
@@ -24,6 +33,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
     blocks = model.get_submodule(family.blocks)
     for index, block in enumerate(blocks):
         stored = read_block(folder / block_shard(index))
+        check_fit(block, stored, folder / block_shard(index))
         install(block, stored.quantized, dtype)
         floats = {key: tensor.to(dtype) for key, tensor in stored.floats.items()}
         missing = block.load_state_dict(floats, strict=False, assign=True).missing_keys
@@ -32,6 +42,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
             raise ValueError(f"shard {folder / block_shard(index)} lacks {missing[0]}")
     if not (folder / OTHER_SHARD).is_file():
         raise ValueError(f"{folder} lacks {OTHER_SHARD}")
+    read_shard(folder / OTHER_SHARD)  # an altered tensor shows here, with its name
     checkpoint.load_into(model.get_submodule(family.embedding), family.embedding, dtype)
     checkpoint.load_head(model, dtype)
     model.generation_config = checkpoint.generation_config
