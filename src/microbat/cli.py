@@ -23,6 +23,12 @@ console = Console()
 NAMES = {"perplexity": "perplexity", "ratio": "times float", "kl": "KL (nats)", "recovery": "recovery %"}
 
 
+class Layout(StrEnum):
+    """What ``microbat export`` writes."""
+
+    compressed_tensors = "compressed-tensors"
+
+
 class Listed(StrEnum):
     """What ``microbat list`` lists."""
 
@@ -102,6 +108,24 @@ def quantize(
         page = pipeline.write_report(folder)
     content = json.loads((folder / "report.json").read_text())
     console.print(f"{folder}: {content['bits_per_weight']:.3f} bits per weight, report {page}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A microbat folder.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; must not exist.")],
+    target: Annotated[str, typer.Option(help="Who will load it: transformers, vllm, vllm-hopper, vllm-blackwell.")],
+    format: Annotated[Layout, typer.Option(help="The layout.")] = Layout.compressed_tensors,
+) -> None:
+    """Write a folder in another layout, its bits unchanged. What the target would drop or compute otherwise is refused.
+
+    Example: `microbat export qwen-mxfp4 --target transformers --out qwen-mxfp4-ct`
+    """
+    from microbat.export import compressed_tensors
+
+    with _errors():
+        written = compressed_tensors.export(folder, out, target=target)
+    console.print(f"{written}: {format.value} for {target}; check it with `microbat verify {written}`", soft_wrap=True)
 
 
 @app.command("eval")
