@@ -292,6 +292,9 @@ class _FolderKeeper:
         path = self.partial / folders.block_shard(index)
         folders.write_block(path, record.name, block, folders.float_tensors(module))
 
+    def finish(self, tokens: Tensor, outputs: Tensor) -> None:
+        folders.write_proof(self.partial / folders.PROOF, tokens, outputs)
+
     def record_files(self) -> list[Path]:
         return sorted(self.partial.glob("record-*.json"))
 

@@ -74,7 +74,7 @@ def test_bytes_are_those_of_compressed_tensors(weights, activations):
     if weights == "int4":
         state["weight_scale"] = q.scales.to(torch.bfloat16)
     theirs = compressor.compress(state, scheme)
-    ours = to_tensors(q, activations)
+    ours = to_tensors(q, quantized_inputs=activations is not None)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype, name
@@ -88,7 +88,8 @@ def test_bytes_are_those_of_compressed_tensors(weights, activations):
 @pytest.mark.parametrize("width", [96, 160])
 def test_what_is_written_is_read_back(weights, activations, width):
     q = AbsMax(format=FORMATS[weights]).quantize(torch.randn(7, width, generator=torch.Generator().manual_seed(2)))
-    back = from_tensors(to_tensors(q, activations), q.format, activations)
+    ours = to_tensors(q, quantized_inputs=activations is not None)
+    back = from_tensors(ours, q.format, quantized_inputs=activations is not None)
     torch.testing.assert_close(q.format.element.decode(back.codes), q.format.element.decode(q.codes), rtol=0, atol=0)
     assert torch.equal(back.scales, q.scales)
     assert codes_digest(back) == codes_digest(q)

@@ -25,6 +25,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,12 +40,15 @@ from microbat.export.targets import TARGETS, reasons_against
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.formats.element import E2M1, E4M3, E8M0
 from microbat.formats.packing import pack, pack_bits, unpack, unpack_bits
+from microbat.linear import QuantBlock, QuantSite
 from microbat.models.base import WEIGHTS_INDEX, Checkpoint
+from microbat.quantizers.base import AbsMax
 from microbat.registry import instances, pick
 
 PROVENANCE = "microbat.json"
 SCHEMA = "0.17.0"  # the oldest version of compressed-tensors that reads what is written here
 INTEGERS = ("int4", "int8")
+TENSORS = ("weight", "weight_packed", "weight_scale", "weight_global_scale", "weight_shape")
 NEGATIVE_ZERO = 0b1000  # of E2M1
 SCALE_DTYPES = {E8M0: "torch.uint8", E4M3: "torch.float8_e4m3fn"}  # others: the model's own
 FORMATS = {
@@ -59,12 +63,13 @@ FORMATS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What an export says about itself in ``microbat.json``. ``codes``: linear layer -> digest of the codes and scales that
-    calibration chose; ``tensors``: stored tensor -> digest of its bytes; ``source``: the recipe.json of the folder."""
+    """What an export says about itself in ``microbat.json``. ``weights`` and ``activations`` are the folder's: format and
+    scale rule; ``codes``: linear layer -> digest of the codes and scales that calibration chose; ``tensors``: stored
+    tensor -> digest of its bytes; ``source``: the recipe.json of the folder."""
 
     target: str
-    weights: str
-    activations: str | None
+    weights: dict[str, str]
+    activations: dict[str, str] | None
     source: dict[str, Any]
     codes: dict[str, str]
     tensors: dict[str, str]
@@ -87,8 +92,7 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
         raise ValueError(
             f"{folder} cannot be served by {engine.title} as it was calibrated:\n- " + "\n- ".join(reasons)
         )
-    formats = instances("microbat.formats", BlockFormat)
-    weights, activations = contract["weights"]["format"], contract["activations"] and contract["activations"]["format"]
+    weights, activations = _formats(contract["weights"], contract["activations"])
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -97,7 +101,7 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
     digests: dict[str, str] = {}
     for index, shard in enumerate(shards):
         name, stored = f"{family.blocks}.{index}", read_block(shard)
-        tensors = _block_tensors(stored, name, activations)
+        tensors = _block_tensors(stored, name, quantized_inputs=activations is not None)
         codes |= {f"{name}.{path}": codes_digest(q) for path, q in stored.quantized.weights.items()}
         digests |= {key: digest(tensor) for key, tensor in tensors.items()}
         _save(partial, f"model-{index + 1:05d}-of-{len(shards) + 1:05d}.safetensors", tensors, weight_map)
@@ -109,19 +113,21 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
     write_json(
         partial / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     )
-    for pattern in folders.COPIED:
+    for pattern in (*folders.COPIED, folders.PROOF):
         for file in folder.glob(pattern):
             shutil.copy(file, partial / file.name)
-    recipe = json.loads((folder / "recipe.json").read_text())
     provenance = Exported(
-        target=target, weights=weights, activations=activations, source=recipe, codes=codes, tensors=digests
+        target=target,
+        weights=contract["weights"],
+        activations=contract["activations"],
+        source=json.loads((folder / "recipe.json").read_text()),
+        codes=codes,
+        tensors=digests,
     )
     write_json(partial / PROVENANCE, {"microbat": version("microbat"), **vars(provenance)})
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = quantization_config(
-        formats[weights], activations and formats[activations], _float_layers(checkpoint, set(codes))
-    )
-    if weights not in INTEGERS:
+    config["quantization_config"] = quantization_config(weights, activations, _float_layers(checkpoint, set(codes)))
+    if weights.name not in INTEGERS:
         config["dtype"] = "bfloat16"  # what compressed-tensors unpacks these formats to, whatever the model's own is
     write_json(partial / "config.json", config)
     os.rename(partial, out)
@@ -142,6 +148,41 @@ def is_exported(path: Path) -> bool:
     return (path / PROVENANCE).is_file()
 
 
+def read_blocks(folder: Path) -> Iterator[StoredBlock]:
+    """The blocks of an exported folder, decoded.
+
+    Raises ValueError, with the names of file and tensor, for one that is missing or altered, and for codes that are not
+    those that calibration chose.
+    """
+    said, checkpoint = read_exported(folder), Checkpoint(folder)
+    weights, activations = _formats(said.weights, said.activations)
+    _check_tensors(folder, said, checkpoint)
+    quantizer = AbsMax(format=activations, rule=said.activations["scale_rule"]) if said.activations else None
+    for index in range(checkpoint.config.num_hidden_layers):
+        name = f"{checkpoint.family.blocks}.{index}"
+        tensors = checkpoint.tensors(name)
+        codes = {}
+        for path in [key.removeprefix(f"{name}.") for key in said.codes if key.startswith(f"{name}.")]:
+            own = {key: tensors.pop(f"{path}.{key}") for key in TENSORS if f"{path}.{key}" in tensors}
+            codes[path] = from_tensors(own, weights, quantized_inputs=activations is not None)
+            if codes_digest(codes[path]) != said.codes[f"{name}.{path}"]:
+                raise ValueError(f"{folder}: {name}.{path} does not decode to the codes that calibration chose")
+        sites = tuple(
+            QuantSite(name=site.name, consumers=kept, transform=None, quantizer=quantizer)
+            for site in checkpoint.family.sites
+            if (kept := tuple(path for path in site.consumers if path in codes))
+        )
+        yield StoredBlock(quantized=QuantBlock(sites=sites, weights=codes), floats=tensors)
+
+
+def _check_tensors(folder: Path, said: Exported, checkpoint: Checkpoint) -> None:
+    for name in sorted(said.tensors.keys() | set(checkpoint.names)):
+        if name not in checkpoint.names:
+            raise ValueError(f"{folder} lacks tensor {name}")
+        if name not in said.tensors or digest(checkpoint.tensor(name)) != said.tensors[name]:
+            raise ValueError(f"{checkpoint.file_of(name)}: tensor {name} is not the one that was exported")
+
+
 def codes_digest(q: QTensor) -> str:
     """What tells the codes and block scales of ``q`` from any others, whatever layout they are stored in."""
     return digest(torch.cat([_codes(q).flatten(), q.scales.contiguous().flatten().view(torch.uint8)]))
@@ -152,10 +193,10 @@ def _codes(q: QTensor) -> Tensor:
     return torch.where(q.codes == NEGATIVE_ZERO, 0, q.codes) if q.format.element == E2M1 else q.codes
 
 
-def to_tensors(q: QTensor, activations: str | None) -> dict[str, Tensor]:
-    """``q`` [N, K] as the tensors that compressed-tensors stores for a layer whose inputs are in ``activations``."""
+def to_tensors(q: QTensor, *, quantized_inputs: bool) -> dict[str, Tensor]:
+    """``q`` [N, K] as the tensors that compressed-tensors stores; integers depend on what they meet."""
     tensors = pack(dataclasses.replace(q, codes=_codes(q)))
-    if q.format.name not in INTEGERS or activations is not None:
+    if q.format.name not in INTEGERS or quantized_inputs:
         return {key: tensor for key, tensor in tensors.items() if key != "weight_tensor_scale"}
     bits = q.format.element.bits
     shifted = q.codes ^ (1 << (bits - 1))  # two's complement to code + 2^(bits-1)
@@ -168,10 +209,10 @@ def to_tensors(q: QTensor, activations: str | None) -> dict[str, Tensor]:
     }
 
 
-def from_tensors(tensors: dict[str, Tensor], format: BlockFormat, activations: str | None) -> QTensor:
+def from_tensors(tensors: dict[str, Tensor], format: BlockFormat, *, quantized_inputs: bool) -> QTensor:
     """The inverse of :func:`to_tensors`; the tensor scale is that of the stored reciprocal. KeyError for what is missing."""
     tensors = dict(tensors)
-    if format.name in INTEGERS and activations is None:
+    if format.name in INTEGERS and not quantized_inputs:
         bits, width = format.element.bits, int(tensors["weight_shape"][-1])
         stored = tensors["weight_packed"].view(torch.uint8)
         codes = (stored[..., :width] if bits == 8 else unpack_bits(stored, bits, width)) ^ (1 << (bits - 1))
@@ -224,11 +265,17 @@ def _arguments(format: BlockFormat, *, dynamic: bool) -> dict[str, Any]:
     return arguments
 
 
-def _block_tensors(stored: StoredBlock, name: str, activations: str | None) -> dict[str, Tensor]:
+def _formats(weights: dict[str, str], activations: dict[str, str] | None) -> tuple[BlockFormat, BlockFormat | None]:
+    known = instances("microbat.formats", BlockFormat)
+    return pick("format", weights["format"], known), activations and pick("format", activations["format"], known)
+
+
+def _block_tensors(stored: StoredBlock, name: str, *, quantized_inputs: bool) -> dict[str, Tensor]:
     """All tensors of a block by their full names."""
     tensors = {f"{name}.{key}": tensor for key, tensor in stored.floats.items()}
     for path, q in stored.quantized.weights.items():
-        tensors |= {f"{name}.{path}.{key}": tensor for key, tensor in to_tensors(q, activations).items()}
+        own = to_tensors(q, quantized_inputs=quantized_inputs)
+        tensors |= {f"{name}.{path}.{key}": tensor for key, tensor in own.items()}
     return tensors
 
 

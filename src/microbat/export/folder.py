@@ -7,6 +7,7 @@
     microbat-block-000.safetensors ...      one shard a block: codes, scales, transforms, clip ratios, norms, biases
     microbat-other.safetensors              embedding, final norm, head
     recipe.json report.json                 how it was made, what it cost
+    proof.safetensors                       tokens, and what the calibrated model's last block made of them
     tokenizer files, generation_config.json as the model had them
 
 Names inside a shard: ``<layer>.weight_packed`` / ``.weight`` and ``<layer>.weight_scale`` as in compressed-tensors
@@ -45,6 +46,8 @@ QUANT_METHOD = "microbat"
 SCHEMA_VERSION = 1
 INDEX = "microbat.safetensors.index.json"
 OTHER_SHARD = "microbat-other.safetensors"
+PROOF = "proof.safetensors"
+PROOF_TOKENS = 64
 COPIED = (
     "tokenizer*",
     "vocab*",
@@ -142,6 +145,15 @@ def read_block(path: Path) -> StoredBlock:
     return StoredBlock(quantized=quantized, floats=tensors)
 
 
+def quantized_layers(path: Path) -> list[str]:
+    """Paths, inside its block, of the linear layers whose codes a shard holds; no tensor is read."""
+    from safetensors import safe_open
+
+    with _reading(path), safe_open(path, framework="pt") as file:
+        description = json.loads(file.metadata()["microbat"])
+    return [layer for entry in description["sites"] for layer in entry["weights"]]
+
+
 PACKED = ("weight_packed", "weight", "weight_scale", "weight_global_scale", "weight_tensor_scale")
 
 
@@ -192,6 +204,19 @@ def is_quantizers(key: str) -> bool:
 def write_other(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write the shard of everything outside the blocks."""
     _write_shard(path, tensors, {})
+
+
+def write_proof(path: Path, tokens: Tensor, outputs: Tensor) -> None:
+    """Keep what the calibrated model's last block made [1, L, K] of ``tokens`` [1, L], for :mod:`microbat.verify`."""
+    _write_shard(path, {"tokens": tokens[:1, :PROOF_TOKENS], "outputs": outputs[:1, :PROOF_TOKENS]}, {})
+
+
+def read_proof(folder: Path) -> tuple[Tensor, Tensor] | None:
+    """Tokens int64 [1, L] and the last block's outputs float32 [1, L, K]; None for a folder from before proofs."""
+    if not (folder / PROOF).is_file():
+        return None
+    _, tensors = read_shard(folder / PROOF)
+    return tensors["tokens"], tensors["outputs"]
 
 
 def finish(

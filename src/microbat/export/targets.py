@@ -128,7 +128,7 @@ def reasons_against(
 
 
 def _format_reasons(target: Target, contract: dict[str, Any]) -> list[str]:
-    weights, activations, cache = (contract[role] for role in ("weights", "activations", "kv_cache"))
+    weights, activations, cache = contract["weights"], contract["activations"], contract.get("kv_cache")
     pair = weights["format"], activations and activations["format"]
     served = target.serves.get(pair, f"{pair[0]} weights with {pair[1] or '16-bit'} activations: {_offers(target)}")
     reasons = []
