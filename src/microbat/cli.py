@@ -128,6 +128,42 @@ def export(
     console.print(f"{written}: {format.value} for {target}; check it with `microbat verify {written}`", soft_wrap=True)
 
 
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A microbat folder, or what `microbat export` wrote.")],
+    engine: Annotated[str, typer.Option(help="microbat, transformers; empty: the folder's own.")] = "",
+) -> None:
+    """Compare a folder's codes, bit for bit, and an engine's logits with the calibrated model; exit status 1 if they differ.
+
+    Example: `microbat verify qwen-mxfp4-ct --engine transformers`
+    """
+    from microbat.verify import Altered, verify
+
+    with _errors():
+        try:
+            verdict = verify(folder, engine=engine)
+        except Altered as error:
+            Console(stderr=True).print(f"[bold red]FAILED:[/] {error}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+    console.print(f"codes of {verdict.layers} linear layers: equal, bit for bit", highlight=False)
+    if verdict.error is not None:
+        console.print(
+            f"their outputs in {verdict.engine}, on equal inputs: at most {verdict.error:.1e} off ({verdict.worst}), "
+            f"bound {verdict.error_bound:.1e}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(
+        f"logits of {verdict.tokens} tokens: {verdict.divergence:.1e} nats from the calibrated model, "
+        f"bound {verdict.divergence_bound:.1e}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print("[bold green]passed[/]" if verdict.passed else "[bold red]FAILED[/]")
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
 @app.command("eval")
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Folders or names on the hub; a name=path gives a row its name.")],
