@@ -74,6 +74,9 @@ def quantize(
     recipe: Annotated[
         Path | None, typer.Option(help="A recipe.json of an earlier run, or your YAML; options are then taken from it.")
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop where the table of layers has a surprise in it.")
+    ] = False,
 ) -> None:
     """Quantize a model into a folder. An interrupted run goes on where it stopped when the same command runs again.
 
@@ -104,10 +107,32 @@ def quantize(
                 precision=precision,
                 device=device,
             )
+        _print_coverage(pipeline.coverage(chosen), strict)
         folder = pipeline.run(chosen, out)
         page = pipeline.write_report(folder)
     content = json.loads((folder / "report.json").read_text())
     console.print(f"{folder}: {content['bits_per_weight']:.3f} bits per weight, report {page}", soft_wrap=True)
+
+
+def _print_coverage(rows: list[Any], strict: bool) -> None:
+    """What will be quantized and what not, before any work; ValueError for a surprise when ``strict``."""
+    from microbat.calibrate.coverage import summarized
+
+    table = Table(title="what will be quantized")
+    for column in ("layers", "how many", "shape", "weights", "activations", ""):
+        table.add_column(column, justify="right" if column == "how many" else "left")
+    for row, count in summarized(rows):
+        formats = ("float", "") if row.weights is None else (row.weights, row.activations or "16 bits")
+        shape = "x".join(map(str, row.shape))
+        table.add_row(Text(row.layer), str(count), shape, *formats, row.reason, style="yellow" if row.surprise else "")
+    console.print(table)
+    surprises = [row for row in rows if row.surprise]
+    if strict and surprises:
+        raise ValueError(
+            f"--strict: {surprises[0].layer}: {surprises[0].reason}"
+            + (f", and {len(surprises) - 1} more surprises" if surprises[1:] else "")
+            + "; to leave a layer in float on purpose, --ignore it"
+        )
 
 
 @app.command()

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microbat.calibrate import coverage as calibration_coverage
 from microbat.calibrate import data as calibration_data
+from microbat.calibrate.coverage import Covered
 from microbat.calibrate.data import Calibration
 from microbat.calibrate.engine import Job, Precision, Record, calibrate, preflight
 from microbat.evaluation.generation import Sampling, Served
@@ -62,6 +64,11 @@ def check(recipe: Recipe) -> Checkpoint:
         raise ValueError(f"{checkpoint.path} is quantized already ({checkpoint.quant_method}); give the float model")
     preflight(checkpoint, scheme)
     return checkpoint
+
+
+def coverage(recipe: Recipe) -> list[Covered]:
+    """What ``recipe`` will quantize, layer by layer, and why not the rest; raises as :func:`check` does."""
+    return calibration_coverage.coverage(check(recipe), recipe.parsed_scheme())
 
 
 def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: str = "") -> Path:
