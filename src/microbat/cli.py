@@ -27,6 +27,7 @@ class Layout(StrEnum):
     """What ``microbat export`` writes."""
 
     compressed_tensors = "compressed-tensors"
+    gguf = "gguf"
 
 
 class Listed(StrEnum):
@@ -120,7 +121,7 @@ def _print_coverage(rows: list[Any], strict: bool) -> None:
 
     table = Table(title="what will be quantized")
     for column in ("layers", "how many", "shape", "weights", "activations", ""):
-        table.add_column(column, justify="right" if column == "how many" else "left")
+        table.add_column(column, justify="right" if column == "how many" else "left", no_wrap=column == "layers")
     for row, count in summarized(rows):
         formats = ("float", "") if row.weights is None else (row.weights, row.activations or "16 bits")
         shape = "x".join(map(str, row.shape))
@@ -138,19 +139,22 @@ def _print_coverage(rows: list[Any], strict: bool) -> None:
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="A microbat folder.")],
-    out: Annotated[Path, typer.Option(help="The folder to write; must not exist.")],
-    target: Annotated[str, typer.Option(help="Who will load it: transformers, vllm, vllm-hopper, vllm-blackwell.")],
+    out: Annotated[Path, typer.Option(help="The folder (gguf: the file) to write; must not exist.")],
+    target: Annotated[
+        str, typer.Option(help="Who will load it: transformers, vllm, vllm-hopper, vllm-blackwell, llama.cpp.")
+    ],
     format: Annotated[Layout, typer.Option(help="The layout.")] = Layout.compressed_tensors,
 ) -> None:
     """Write a folder in another layout, its bits unchanged. What the target would drop or compute otherwise is refused.
 
     Example: `microbat export qwen-mxfp4 --target transformers --out qwen-mxfp4-ct`
     """
-    from microbat.export import compressed_tensors
+    from microbat.export import compressed_tensors, gguf
 
+    exporter = {Layout.compressed_tensors: compressed_tensors, Layout.gguf: gguf}[format]
     with _errors():
-        written = compressed_tensors.export(folder, out, target=target)
-    console.print(f"{written}: {format.value} for {target}; check it with `microbat verify {written}`", soft_wrap=True)
+        written = exporter.export(folder, out, target=target)
+    console.print(f"{written}: {format.value} for {target}", soft_wrap=True)
 
 
 @app.command()

@@ -13,19 +13,22 @@ from typing import Any
 from microbat.linear import QuantBlock, QuantSite
 from microbat.models.base import Family
 from microbat.quantizers.clip import Clip
+from microbat.registry import pick
 
 Served = tuple[str, ...] | str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """An engine's profile. ``fuses``: it multiplies the layers that share an input at once, with one scheme and one tensor
-    scale. ``serves``: (weights, activations) -> the activations' scale rules, or the reason against it."""
+    """An engine's profile. ``layout``: what it reads. ``fuses``: it multiplies the layers that share an input at once, with
+    one scheme and one tensor scale. ``serves``: (weights, activations) -> the activations' scale rules, or the reason
+    against the pair."""
 
     name: str
     title: str
     serves: dict[tuple[str, str | None], Served]
     fuses: bool = False
+    layout: str = "compressed-tensors"
 
 
 ANY_RULE: Served = ()
@@ -104,7 +107,27 @@ VLLM_BLACKWELL = Target(
         ("mxfp8_e4m3", "mxfp8_e4m3"): ("rceil",),
     },
 )
-TARGETS = {target.name: target for target in (TRANSFORMERS, VLLM, VLLM_HOPPER, VLLM_BLACKWELL)}
+# Where llama.cpp multiplies integers (a CPU) it rounds 16-bit activations to 8 bits in blocks of 32 (Q8_0): its arithmetic,
+# as bfloat16 is that of others.
+LLAMA_CPP = Target(
+    name="llama.cpp",
+    title="llama.cpp",
+    layout="gguf",
+    serves={
+        ("mxfp4", None): ANY_RULE,
+        ("mxfp4", "mxfp4"): "llama.cpp does not quantize activations to MXFP4; quantize with A16 (--scheme W4A16)",
+        ("mxfp4", "mxfp8_e4m3"): "llama.cpp does not quantize activations to MXFP8; quantize with A16 (--scheme W4A16)",
+    },
+)
+TARGETS = {target.name: target for target in (TRANSFORMERS, VLLM, VLLM_HOPPER, VLLM_BLACKWELL, LLAMA_CPP)}
+
+
+def target_of(name: str, layout: str) -> Target:
+    """The target of this name; ValueError for an unknown one and for one that reads another layout."""
+    target = pick("target", name, TARGETS)
+    if target.layout != layout:
+        raise ValueError(f"target {name!r} reads {target.layout}, not {layout}: --format {target.layout}")
+    return target
 
 
 def reasons_against(
