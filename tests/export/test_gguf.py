@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import microbat
@@ -25,7 +26,8 @@ FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float3
 
 @pytest.fixture(scope="module")
 def made(tiny, text_file, tmp_path_factory):
-    """``made("llama")``: a W4A16 folder whose tokenizer has a merge, which llama.cpp wants."""
+    """``made("llama")``: a W4A16 folder without outlier channels, in which 8-bit activations would be far from 16-bit ones,
+    and whose tokenizer has a merge, which llama.cpp wants."""
     folders = {}
 
     def get(family, **options):
@@ -36,6 +38,9 @@ def made(tiny, text_file, tmp_path_factory):
             tokenizer["model"]["vocab"]["w1"] = 257
             tokenizer["model"]["merges"] = [["w", "1"]]
             (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+            tensors = load_file(model / "model.safetensors")
+            calm = {name: torch.ones_like(t) if "norm" in name else t for name, t in tensors.items()}
+            save_file(calm, model / "model.safetensors", {"format": "pt"})
             options = {"method": "gptq", "scheme": "W4A16", "calibration": str(text_file), **FAST, **options}
             folders[family] = microbat.quantize(model, out=place / "q", **options)
         return folders[family]
@@ -87,14 +92,12 @@ def test_llama_cpp_generates_the_same_tokens(made, tmp_path, family):
     """Their probabilities too, with activations as llama.cpp's products round them: 8 bits in blocks of 32 (Q8_0)."""
     folder = made(family)
     out = export(folder, tmp_path / "m.gguf", target="llama.cpp")
-    prompt = torch.randint(1, 257, (12,), generator=torch.Generator().manual_seed(4))
+    starts = torch.randint(1, 257, (24, 12), generator=torch.Generator().manual_seed(4)).tolist()
     model = microbat.load(folder)
     q8_0 = BlockFormat(name="q8_0", element=INT8, levels=(Level(group=32, element=FP32),))
     for module in model.modules():
         if isinstance(module, SiteInput):
             module.quantizer = AbsMax(format=q8_0)
-    whole = model.generate(prompt[None], max_new_tokens=6, do_sample=False)[0]
-    starts = [whole[:end].tolist() for end in range(len(prompt), len(whole))]
     script = (
         "import json, xllamacpp\n"
         "params = xllamacpp.CommonParams()\n"
@@ -112,11 +115,11 @@ def test_llama_cpp_generates_the_same_tokens(made, tmp_path, family):
     for start, answer in zip(starts, json.loads(result.stdout.split("ANSWERS ")[1]), strict=True):
         ours = model(torch.tensor([start])).logits[0, -1].log_softmax(-1)
         for token in (answer["choices"][0]["logprobs"] or {"content": []})["content"]:  # none for a part of a character
-            assert token["logprob"] == pytest.approx(ours[token["id"]].item(), abs=0.1)
+            assert token["logprob"] == pytest.approx(ours[token["id"]].item(), abs=0.03)
             first, second = ours.topk(2).values
-            assert token["id"] == ours.argmax() or first - second < 0.2
+            assert token["id"] == ours.argmax() or first - second < 0.06
             compared += 1
-    assert compared >= 2
+    assert compared >= 5
 
 
 def test_what_llama_cpp_does_not_compute_is_refused(made, tmp_path):
