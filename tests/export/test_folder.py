@@ -104,6 +104,18 @@ def test_shape_that_is_not_the_configs(copy):
     refused(copy, "mlp.gate_proj", "(96, 64)", "config.json makes it (128, 64)")
 
 
+def test_floats_that_are_no_numbers(copy):
+    name = "model.layers.1.input_layernorm.weight"
+    rewrite(copy, lambda tensors: tensors[name][0].fill_(float("nan")), described=no_digests)
+    refused(copy, SHARD, "input_layernorm.weight holds NaN or Inf")
+
+
+@pytest.mark.parametrize("key", ["sites", "name"])
+def test_description_that_lacks_something(copy, key):
+    rewrite(copy, lambda tensors: None, described=lambda description: description.pop(key))
+    refused(copy, SHARD, "cannot be read", key)
+
+
 def test_truncated_shard_and_missing_shard(copy):
     shard = copy / folders.block_shard(0)
     shard.write_bytes(shard.read_bytes()[:-100])

@@ -139,8 +139,11 @@ def read_exported(folder: Path) -> Exported:
     file = folder / PROVENANCE
     if not file.is_file():
         raise ValueError(f"{folder} has no {PROVENANCE}: it is not a folder that microbat exported")
-    content = json.loads(file.read_text())
-    return Exported(**{key: content[key] for key in Exported.__dataclass_fields__})
+    try:
+        content = json.loads(file.read_text())
+        return Exported(**{field.name: content[field.name] for field in dataclasses.fields(Exported)})
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{file} is not what microbat writes ({error})") from error
 
 
 def is_exported(path: Path) -> bool:

@@ -122,9 +122,14 @@ def read_block(path: Path) -> StoredBlock:
     Raises ValueError, with the shard's and the tensor's name, for a tensor that is missing, altered, of another shape
     than the shard says, or holds codes or scales that mean no number.
     """
-    description, stored_tensors = read_shard(path)
+    description, tensors = read_shard(path)
+    with _reading(path):
+        return _block_of(description, tensors, path)
+
+
+def _block_of(description: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> StoredBlock:
     prefix = description["name"] + "."
-    tensors = {key.removeprefix(prefix): tensor for key, tensor in stored_tensors.items()}
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     formats, sites, weights = instances("microbat.formats", BlockFormat), [], {}
     for entry in description["sites"]:
         for layer, stored in entry["weights"].items():
@@ -283,7 +288,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_fit(block: nn.Module, stored: StoredBlock, shard: Path) -> None:
-    """Raise ValueError, naming tensor and shard, where a stored tensor is not of the shape that the config gives it.
+    """Raise ValueError, naming tensor and shard, where a stored tensor is not of the shape that the config gives it, or a
+    float one holds NaN or Inf.
 
     ``block`` is the float block of the skeleton; what it lacks or has too much is left to whoever fills it.
     """
@@ -297,6 +303,8 @@ def check_fit(block: nn.Module, stored: StoredBlock, shard: Path) -> None:
         if name in parameters and tensor.shape != parameters[name].shape:
             wanted = tuple(parameters[name].shape)
             raise ValueError(f"shard {shard}: {name} is {tuple(tensor.shape)}; config.json makes it {wanted}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"shard {shard}: {name} holds NaN or Inf")
 
 
 def online_bytes(folder: Path) -> int:
@@ -376,5 +384,6 @@ class _reading:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         from safetensors import SafetensorError
 
-        if isinstance(error, SafetensorError | OSError | KeyError):
-            raise ValueError(f"shard {self.path} cannot be read ({error}); is it truncated?") from error
+        damage = SafetensorError | OSError | KeyError | TypeError | RuntimeError | json.JSONDecodeError
+        if isinstance(error, damage):
+            raise ValueError(f"shard {self.path} cannot be read ({error}); is it truncated or damaged?") from error
