@@ -33,7 +33,7 @@ from microbat.models.base import Checkpoint, resolve
 from microbat.registry import pick
 from microbat.runtime.load import assemble, load
 
-LAYER_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # relative error of a layer's output
+LAYER_BOUND = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # relative error of a layer's output
 FLOOR = 1e-6  # nats; what summing in another order costs a model of 16-bit activations in float32
 TOKENS = 64
 
@@ -91,9 +91,9 @@ def verify(path: str | Path, *, engine: str = "") -> Verdict:
         run = chosen.run(path, tokens, layers)
     except ImportError as error:
         raise ImportError(f"engine {chosen.name!r} is not installed ({error}): {chosen.install}") from error
-    reference, other = (rounded, exact) if run.dtype == torch.bfloat16 else (exact, rounded)
+    divergence_bound = max(FLOOR, _divergence(_logits(exact, tokens), _logits(rounded, tokens)))
+    reference = {torch.float32: exact, torch.bfloat16: rounded}.get(run.dtype) or model(dtype=run.dtype)
     expected = _logits(reference, tokens)
-    divergence_bound = max(FLOOR, _divergence(expected, _logits(other, tokens)))
     if isinstance(chosen, Microbat) and proof is not None:
         expected = _head(exact, Checkpoint(path, index=folder.INDEX), proof[1])
     errors = _layer_errors(reference, run)
@@ -103,7 +103,7 @@ def verify(path: str | Path, *, engine: str = "") -> Verdict:
         layers=len(layers),
         worst=worst,
         error=errors[worst] if worst else None,
-        error_bound=LAYER_BOUND[reference.dtype],
+        error_bound=LAYER_BOUND[run.dtype],
         tokens=len(tokens),
         divergence=_divergence(expected, run.logits),
         divergence_bound=divergence_bound,
