@@ -160,7 +160,7 @@ def export(
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="A microbat folder, or what `microbat export` wrote.")],
-    engine: Annotated[str, typer.Option(help="microbat, transformers; empty: the folder's own.")] = "",
+    engine: Annotated[str, typer.Option(help="microbat, transformers, llama.cpp; empty: the folder's own.")] = "",
 ) -> None:
     """Compare a folder's codes, bit for bit, and an engine's logits with the calibrated model; exit status 1 if they differ.
 

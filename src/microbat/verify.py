@@ -11,7 +11,7 @@
    by half a nat and more: that distance, measured on the spot, is the bound. It is loose where the second test is tight.
 
 The calibrated model is, for microbat's own runtime, what calibration itself computed (``proof.safetensors``); for other
-engines microbat's runtime on the decoded codes, in the engine's own dtype.
+engines microbat's runtime on the decoded codes, in the engine's own dtype and with the roundings that its products have.
 """
 
 # Shapes: L tokens, K width, N out, V vocabulary.
@@ -28,8 +28,9 @@ from microbat.engines.microbat import Microbat
 from microbat.engines.transformers import Transformers
 from microbat.evaluation.text import load_text
 from microbat.export import compressed_tensors, folder
-from microbat.linear import QuantLinear
+from microbat.linear import QuantLinear, SiteInput
 from microbat.models.base import Checkpoint, resolve
+from microbat.quantizers.base import AbsMax
 from microbat.registry import pick
 from microbat.runtime.load import assemble, load
 
@@ -78,7 +79,8 @@ def verify(path: str | Path, *, engine: str = "") -> Verdict:
         raise ValueError(
             f"{path} is an export: it is run by its own engine (--engine {Transformers.name}), not by microbat"
         )
-    model = partial(_exported, path) if exported else partial(load, path)
+    source = partial(_exported, path) if exported else partial(load, path)
+    model = lambda dtype: _rounding(source(dtype=dtype), chosen.activations)  # noqa: E731
     try:
         exact = model(dtype=torch.float32)
         proof = folder.read_proof(path)
@@ -104,10 +106,18 @@ def verify(path: str | Path, *, engine: str = "") -> Verdict:
         worst=worst,
         error=errors[worst] if worst else None,
         error_bound=LAYER_BOUND[run.dtype],
-        tokens=len(tokens),
-        divergence=_divergence(expected, run.logits),
+        tokens=len(run.logits),
+        divergence=_divergence(expected[-len(run.logits) :], run.logits),
         divergence_bound=divergence_bound,
     )
+
+
+def _rounding(model: nn.Module, activations: AbsMax | None) -> nn.Module:
+    """``model`` with its 16-bit activations rounded as an engine's products do."""
+    for module in model.modules():
+        if isinstance(module, SiteInput) and module.quantizer is None:
+            module.quantizer = activations
+    return model
 
 
 def _exported(path: Path, *, dtype: torch.dtype) -> nn.Module:

@@ -19,6 +19,7 @@ from microbat.formats.block import BlockFormat, Level
 from microbat.formats.element import FP32, INT8
 from microbat.linear import SiteInput
 from microbat.quantizers.base import AbsMax
+from microbat.verify import verify
 
 gguf = pytest.importorskip("gguf")
 FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float32"}
@@ -120,6 +121,13 @@ def test_llama_cpp_generates_the_same_tokens(made, tmp_path, family):
             assert token["id"] == ours.argmax() or first - second < 0.06
             compared += 1
     assert compared >= 5
+
+
+@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+def test_verify_asks_llama_cpp(made):
+    verdict = verify(made("llama"), engine="llama.cpp")
+    assert verdict.passed, verdict
+    assert (verdict.error, verdict.tokens) == (None, 8)
 
 
 def test_what_llama_cpp_does_not_compute_is_refused(made, tmp_path):

@@ -9,13 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from microbat.quantizers.base import AbsMax
 from microbat.registry import subclasses
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What an engine made of a sequence: ``logits`` float32 [L, V], computed in ``dtype``; ``layers``: linear layer -> its
-    input [1, L, K] and output [1, L, N]. Engines that do not show their layers leave it empty."""
+    """What an engine made of a sequence: ``logits`` float32 [L, V] of its last L tokens (or log-probabilities), computed in
+    ``dtype``; ``layers``: linear layer -> its input and output, [1, tokens, K] and [1, tokens, N]. Engines that do not show
+    their layers leave it empty."""
 
     logits: Tensor
     dtype: torch.dtype
@@ -23,10 +25,12 @@ class Run:
 
 
 class Engine(ABC):
-    """``name`` is what users type; ``install`` the command that installs it."""
+    """``name`` is what users type; ``install`` the command that installs it; ``activations`` what its products round 16-bit
+    activations to, which the calibrated model then does too (None: nothing)."""
 
     name: ClassVar[str]
     install: ClassVar[str]
+    activations: ClassVar[AbsMax | None] = None
 
     @abstractmethod
     def run(self, folder: Path, tokens: Tensor, layers: list[str]) -> Run:
