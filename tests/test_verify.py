@@ -156,11 +156,17 @@ def test_an_engine_that_does_not_show_its_layers(made, monkeypatch):
     assert verdict.passed
 
 
-def test_wrong_requests(made, tiny, tmp_path, monkeypatch):
+def test_wrong_requests(made, tiny, text_file, tmp_path, monkeypatch):
     assert "did you mean 'transformers'" in run("verify", made["gptq"], "--engine", "transformer", code=2)
     assert "not a microbat folder" in run("verify", tiny(), code=2)
     out = compressed_tensors.export(made["gptq"], tmp_path / "ct", target="transformers")
     assert "--engine transformers" in run("verify", out, "--engine", "microbat", code=2)
+
+    for_vllm = microbat.quantize(
+        tiny(), out=tmp_path / "q", method="rtn", scheme="W8A8:int8", calibration=str(text_file), **FAST
+    )
+    served = compressed_tensors.export(for_vllm, tmp_path / "int8", target="vllm")
+    assert "was exported for vllm; transformers would compute something else" in run("verify", served, code=2)
 
     def missing(self, folder, tokens, layers):
         raise ImportError("no module of that name")

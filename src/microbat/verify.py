@@ -28,6 +28,7 @@ from microbat.engines.microbat import Microbat
 from microbat.engines.transformers import Transformers
 from microbat.evaluation.text import load_text
 from microbat.export import compressed_tensors, folder
+from microbat.export.targets import LAYOUT, TARGETS, format_reasons
 from microbat.linear import QuantLinear, SiteInput
 from microbat.models.base import Checkpoint, resolve
 from microbat.quantizers.base import AbsMax
@@ -75,10 +76,8 @@ def verify(path: str | Path, *, engine: str = "") -> Verdict:
     if not exported:
         folder.read_contract(path)
     chosen = pick("engine", engine or (Transformers.name if exported else Microbat.name), engines())()
-    if exported and isinstance(chosen, Microbat):
-        raise ValueError(
-            f"{path} is an export: it is run by its own engine (--engine {Transformers.name}), not by microbat"
-        )
+    if exported:
+        _check_engine(path, chosen.name)
     source = partial(_exported, path) if exported else partial(load, path)
     model = lambda dtype: _rounding(source(dtype=dtype), chosen.activations)  # noqa: E731
     try:
@@ -110,6 +109,17 @@ def verify(path: str | Path, *, engine: str = "") -> Verdict:
         divergence=_divergence(expected[-len(run.logits) :], run.logits),
         divergence_bound=divergence_bound,
     )
+
+
+def _check_engine(path: Path, engine: str) -> None:
+    """Raise ValueError where ``engine`` is not one that the export ``path`` was written for or computes alike."""
+    said, target = compressed_tensors.read_exported(path), TARGETS.get(engine)
+    if target is None or target.layout != LAYOUT:
+        raise ValueError(
+            f"{path} is an export in {LAYOUT}, which {engine} does not run; try --engine {Transformers.name}"
+        )
+    if reasons := format_reasons(target, {"weights": said.weights, "activations": said.activations}):
+        raise ValueError(f"{path} was exported for {said.target}; {engine} would compute something else: {reasons[0]}")
 
 
 def _rounding(model: nn.Module, activations: AbsMax | None) -> nn.Module:

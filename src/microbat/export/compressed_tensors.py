@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from microbat.export import folder as folders
 from microbat.export.folder import StoredBlock, digest, read_block, read_contract, read_shard, write_json
-from microbat.export.targets import reasons_against, target_of
+from microbat.export.targets import LAYOUT, reasons_against, target_of
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.formats.element import E2M1, E4M3, E8M0
 from microbat.formats.packing import pack, pack_bits, unpack, unpack_bits
@@ -82,7 +82,7 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
     or compute otherwise than calibrated: with every reason and the way out.
     """
     folder, out = Path(folder), Path(out)
-    engine = target_of(target, "compressed-tensors")
+    engine = target_of(target, LAYOUT)
     contract = read_contract(folder)
     checkpoint = Checkpoint(folder, index=folders.INDEX)
     if out.exists():

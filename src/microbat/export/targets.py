@@ -15,6 +15,7 @@ from microbat.models.base import Family
 from microbat.quantizers.clip import Clip
 from microbat.registry import pick
 
+LAYOUT = "compressed-tensors"
 Served = tuple[str, ...] | str
 
 
@@ -28,7 +29,7 @@ class Target:
     title: str
     serves: dict[tuple[str, str | None], Served]
     fuses: bool = False
-    layout: str = "compressed-tensors"
+    layout: str = LAYOUT
 
 
 ANY_RULE: Served = ()
@@ -135,7 +136,7 @@ def reasons_against(
 ) -> list[str]:
     """Why ``target`` would not compute what the folder of ``contract`` and ``blocks`` does, each with the way out; [] if
     it would."""
-    reasons = _format_reasons(target, contract)
+    reasons = format_reasons(target, contract)
     found: Counter[str] = Counter()
     for block in blocks:
         for site in block.sites:
@@ -150,7 +151,8 @@ def reasons_against(
     return reasons + [f"{reason} ({count} blocks)" for reason, count in found.items()]
 
 
-def _format_reasons(target: Target, contract: dict[str, Any]) -> list[str]:
+def format_reasons(target: Target, contract: dict[str, Any]) -> list[str]:
+    """Those of :func:`reasons_against` that formats and scale rules alone decide."""
     weights, activations, cache = contract["weights"], contract["activations"], contract.get("kv_cache")
     pair = weights["format"], activations and activations["format"]
     served = target.serves.get(pair, f"{pair[0]} weights with {pair[1] or '16-bit'} activations: {_offers(target)}")
