@@ -223,7 +223,7 @@ def evaluate(
 
     Example: `microbat eval float=Qwen/Qwen3-0.6B mxfp4=qwen-mxfp4 --text wikitext-2-raw`
     """
-    from microbat import pipeline
+    from microbat import measure, pipeline
     from microbat.evaluation.generation import Sampling
     from microbat.recipe import parse_settings
 
@@ -231,12 +231,12 @@ def evaluate(
         named = dict(_named(m) for m in models)
         sampling = Sampling.of(parse_settings(set_ or []))
         if tasks:
-            result = pipeline.evaluate_tasks(
+            result = measure.evaluate_tasks(
                 named, tasks.split(","), data=data, limit=limit, device=device, sampling=sampling, answers=answers
             )
             _print_tasks(result)
         else:
-            result = pipeline.evaluate(named, text=text, window=window, windows=windows, device=device)
+            result = measure.evaluate(named, text=text, window=window, windows=windows, device=device)
             _print_quality(result)
             for path in named.values():
                 pipeline.attach(path, result)

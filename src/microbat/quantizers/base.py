@@ -97,17 +97,23 @@ class AbsMax(Quantizer):
         x_GB = split_blocks(x, self.format.block_of(width))
         groups = x_GB.shape[:-1]
         low_G, high_G = (None if r is None else r.expand(groups).reshape(-1) for r in (low, high))
-        outer = self._tensor_scale(x.detach())
         flat = x_GB.reshape(-1, x_GB.shape[-1])
+        outer = self._tensor_scale(flat.detach(), low_G, high_G)
         into = torch.empty_like(flat, dtype=_matmul_dtype(x.device)) if out is None else out.view(flat.shape)
         with torch.set_grad_enabled(torch.is_grad_enabled() and out is None):
             y = kernel.fake_quantize(flat, low_G, high_G, outer, into, format=self.format, rule=self.rule)
         return join_blocks(y.unflatten(0, groups), width) if out is None else out
 
-    def _tensor_scale(self, x: Tensor) -> Tensor | None:
+    def _tensor_scale(self, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor | None:
+        """The scale of all of ``x``, clipped, where ratios are given for its blocks [G, B]."""
         if not self.format.has_tensor_scale:
             return None
-        return kernel.tensor_scale(x.abs().amax().to(torch.float32), self.format)
+        if low is None or high is None:
+            amax = x.abs().amax()
+        else:
+            smallest, largest = kernel.bounds(x.to(torch.float32), low.detach(), high.detach())
+            amax = torch.maximum(-smallest, largest).amax()
+        return kernel.tensor_scale(amax.to(torch.float32), self.format)
 
 
 def _matmul_dtype(device: torch.device) -> torch.dtype:
