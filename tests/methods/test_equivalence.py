@@ -18,7 +18,7 @@ from microbat.scheme import Scheme
 
 PREPARERS = {name: kind for name, kind in methods().items() if issubclass(kind, Preparer)}
 SETTINGS = {
-    "batquant": {"epochs": 2, "clip": False, "weight_clip": False, "init": "orthogonal", "scale": 0.3},
+    "batquant": {"epochs": 2, "clip": False, "weight_clip": False, "init": "orthogonal"},
     "flatquant": {"epochs": 1},
     "brq": {"steps": 2},
     "smoothquant": {"alpha": 0.6},

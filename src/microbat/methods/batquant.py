@@ -18,12 +18,10 @@ only the inverse transpose is exact; that is what is used.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import nn
-
 from microbat.formats.block import BlockFormat
 from microbat.kv import KVQuantizer
 from microbat.methods.base import BlockData, Plan, Preparer, SitePlan, Solver
-from microbat.methods.learn import Inputs, Objective, Schedule, channel_maxima, smoothing, train_plan
+from microbat.methods.learn import Inputs, Objective, Schedule, train_plan
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.transforms.base import BlockDiagonal, Transform
@@ -48,7 +46,6 @@ class BATQuant(Preparer):
     clip: bool = True
     clip_lr: float = 2e-2  # unstated; 10 x the paper's rate, as FlatQuant
     weight_clip: bool = True
-    scale: float | None = None  # start of a factor per channel, folded: SmoothQuant's alpha; None: no factor, the paper
     clip_scope: Scope = "block"  # global: Table 4's counterpart
     epochs: int = 3
     batch: int = 1  # more steps serve better than larger ones; the paper's is 4
@@ -74,8 +71,6 @@ class BATQuant(Preparer):
             linears = {path: data.block.get_submodule(path) for path in site.site.consumers}
             width = next(iter(linears.values())).in_features
             site.transform = self._transform(width, _format(site), data, g=self.g)
-            if self.scale is not None and not site.site.headed and set(site.weights) == set(site.site.consumers):
-                site.scale = nn.Parameter(smoothing(*channel_maxima(data, site.site), self.scale))
             if self.clip and site.activation is not None:
                 site.activation = self._clip(site.activation, width)
             if self.weight_clip:
