@@ -44,9 +44,18 @@ def llm_compressor(model: nn.Module, tokenizer: Any, tokens_SL: Tensor, preset: 
 
 
 def auto_round(
-    model: nn.Module, tokenizer: Any, tokens_SL: Tensor, preset: str, *, iters: int = 200, batch: int = 8
+    model: nn.Module,
+    tokenizer: Any,
+    tokens_SL: Tensor,
+    preset: str,
+    *,
+    iters: int = 200,
+    batch: int = 8,
+    rceil: bool = False,
 ) -> nn.Module:
-    """AutoRound at its defaults, which are 200 iterations of 8 sequences a block.
+    """AutoRound at its defaults, which are 200 iterations of 8 sequences a block, and scales by the floor rule of OCP.
+
+    ``rceil`` takes its other preset, whose activations' scales let no value saturate.
 
     It casts the whole model to bfloat16. What it does not quantize gets its float32 values back, so that its numbers
     differ from the others' by its rounding alone; codes times scales lose nothing in MXFP4, 2^-9 in NVFP4.
@@ -57,7 +66,7 @@ def auto_round(
     quantizer = AutoRound(
         model,
         tokenizer,
-        scheme=preset,
+        scheme=f"{preset}_RCEIL" if rceil else preset,
         dataset=[{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens_SL.split(1)],
         nsamples=tokens_SL.shape[0],
         seqlen=tokens_SL.shape[1],

@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -58,6 +58,7 @@ ROWS = (
     Row(method="GPTQ", peer="llm-compressor"),
     Row(method="block-Hadamard + GPTQ", peer="llm-compressor", options={"hadamard": 32}, schemes=("W4A4KV16",)),
     Row(method="AutoRound", peer="AutoRound"),
+    Row(method="AutoRound, rceil scales", peer="AutoRound", options={"rceil": True}, schemes=("W4A4KV16",)),
     Row(method="GPTQ", options={"method": "gptq"}),
     Row(
         method="block-Hadamard + GPTQ",
@@ -86,7 +87,7 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        return self.out / self.scheme.replace(":", "-") / self.row.name.replace(" ", "_")
+        return self.out / self.scheme.replace(":", "-") / self.row.name.replace(",", "").replace(" ", "_")
 
     @property
     def tokens(self) -> Path:
@@ -140,7 +141,7 @@ def main(
     cells, skipped = [], []
     for row in (row for row in ROWS if rows in row.name):
         if row.peer == "AutoRound":
-            row = Row(method=row.method, peer=row.peer, options={"iters": autoround_iters, "batch": autoround_batch})
+            row = replace(row, options={"iters": autoround_iters, "batch": autoround_batch, **row.options})
         if row.peer and PEERS[row.peer].version is None:
             skipped.append(f"{row.name}: not installed; pip install 'microbat[peers]'")
         else:
@@ -282,10 +283,9 @@ def table(content: dict[str, Any]) -> str:
         numbers = f"{row['perplexity']:.2f} | {row['ratio']:.3f} | {row['kl']:.3f} | {seconds}"
         cells = (row["scheme"], f"{row['tool']} {row['versions'][row['tool']]}", row["method"], numbers, _beside(row))
         lines.append(f"| {' | '.join(cells)} |")
-    for row in content["rows"]:
-        if row["tool"] == "AutoRound" and row["options"] != {"iters": 200, "batch": 8}:
-            run = f"{row['options']['iters']} iterations of {row['options']['batch']} sequences a block"
-            lines.append(f"\nAutoRound at {row['scheme']}: {run}; its defaults are 200 of 8.")
+    schedules = {(r["options"]["iters"], r["options"]["batch"]) for r in content["rows"] if r["tool"] == "AutoRound"}
+    for iters, batch in schedules - {(200, 8)}:
+        lines.append(f"\nAutoRound: {iters} iterations a block in batches of {batch}; its defaults are 200 and 8.")
     lines += [f"\nSkipped {reason}" for reason in content["skipped"]]
     lines.append(f"\n{content['processor']}, {content['threads']} threads")
     return "\n".join(lines)
