@@ -1,6 +1,7 @@
 """The benchmarks run at a small size and return finite ratios; how good the ratios are is for a quiet machine to say."""
 
 import importlib
+import json
 import math
 from pathlib import Path
 
@@ -48,3 +49,51 @@ def test_the_eager_reference_computes_what_microbat_does(benchmark):
                 module.zero_grad()
             torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def without_peers(benchmark, monkeypatch):
+    """The benchmark against peers where none is installed."""
+    peers = benchmark("peers")
+    monkeypatch.setattr(benchmark("peer_quantizers").Peer, "version", None)
+    return peers
+
+
+def small(tiny, text_file, out: Path) -> dict:
+    sizes = {"samples": 4, "length": 32, "window": 64, "windows": 2}
+    return {"model": str(tiny()), "text": str(text_file), "calibration": str(text_file), "out": out, **sizes}
+
+
+def test_peers_without_any_installed(without_peers, tiny, text_file, tmp_path, monkeypatch, capsys):
+    options = small(tiny, text_file, tmp_path) | {"rows": "GPTQ", "schemes": "W4A4KV16"}
+    content = without_peers.main(**options)
+    printed = capsys.readouterr().out
+    assert [row["method"] for row in content["rows"]] == ["GPTQ", "block-Hadamard + GPTQ", "BATQuant + GPTQ"]
+    assert all(row["layers_in_4_bits"] == 14 and row["perplexity"] > 1 for row in content["rows"])
+    assert "skipped llm-compressor GPTQ: not installed; pip install" in printed
+    assert "| BATQuant + GPTQ |" in printed
+    assert str(tmp_path.parent) not in json.dumps(content)
+
+    monkeypatch.setattr(without_peers.pipeline, "run", None)  # what is there already is not made again
+    assert without_peers.main(**options) == content
+    with pytest.raises(ValueError, match="other settings"):
+        without_peers.main(**options | {"windows": 1})
+
+
+def test_a_ratio_is_to_the_same_method_or_the_best_peer(without_peers):
+    def entry(tool: str, method: str, nll: list[float]) -> dict:
+        return {"tool": tool, "method": method, "window_nll": nll, "perplexity": math.exp(sum(nll) / len(nll))}
+
+    entries = [entry("one", "GPTQ", [2.2, 2.2]), entry("two", "other", [2.0, 2.0]), entry("microbat", "GPTQ", [1, 1])]
+    same = without_peers.against(entry("microbat", "GPTQ", [2.1, 2.1]), entries)
+    assert (same["tool"], same["ratio"], same["ratio_stderr"]) == ("one", pytest.approx(math.exp(-0.1)), 0)
+    best = without_peers.against(entry("microbat", "BATQuant", [1.8, 2.0]), entries)
+    assert (best["tool"], best["ratio"]) == ("two", pytest.approx(math.exp(-0.1)))
+    assert best["ratio_stderr"] == pytest.approx(math.exp(-0.1) * 0.1)
+    assert without_peers.against(entry("microbat", "GPTQ", [2.1, 2.1]), entries[2:]) is None
+
+
+def test_a_model_that_does_not_compute_in_4_bits_is_not_measured(without_peers, tiny):
+    model = without_peers.pipeline.load(tiny())
+    with pytest.raises(ValueError, match="0 of 14 products"):
+        without_peers.check_products(model, model, torch.arange(24), 32)
