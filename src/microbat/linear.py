@@ -7,16 +7,18 @@ them. ``QuantLinear`` multiplies it by a weight on its format's grid.
 # Shapes: T tokens, K in, N out.
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from microbat import native
 from microbat.formats.block import QTensor
 from microbat.kv import KVQuantizer
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
-from microbat.transforms.base import Transform
+from microbat.transforms.base import BlockDiagonal, Transform
 
 
 class SiteInput(nn.Module):
@@ -33,6 +35,8 @@ class SiteInput(nn.Module):
         self.transform = transform
         self.quantizer = quantizer
         self.num_consumers = num_consumers
+        self._one_pass = _one_pass(transform, quantizer)
+        self._map: native.Map | None = None
         self._source: weakref.ref[Tensor] | None = None
         self._result: Tensor | None = None
         self._uses = 0
@@ -47,10 +51,42 @@ class SiteInput(nn.Module):
         return result
 
     def _compute(self, x: Tensor) -> Tensor:
+        needs_gradient = torch.is_grad_enabled() and x.requires_grad
+        if self._one_pass and native.available(x) and not needs_gradient and not torch.is_autocast_enabled("cpu"):
+            return self._in_one_pass(x)
         if self.transform is not None:
             with torch.autocast(x.device.type, enabled=False):
                 x = self.transform(x.to(torch.float32))
         return x if self.quantizer is None else self.quantizer.fake(x)
+
+    def _in_one_pass(self, x: Tensor) -> Tensor:
+        if self._map is None and self.transform is not None:
+            self._map = native.Map(*self.transform.factors())
+        ratios = self.quantizer.ratios if isinstance(self.quantizer, Clip) else None
+        out = torch.empty(x.shape, dtype=torch.float32)
+        _rounding(self.quantizer).native_fake(x, ratios, out, self._map)
+        return out
+
+
+def _rounding(quantizer: AbsMax | Clip) -> AbsMax:
+    return quantizer.inner if isinstance(quantizer, Clip) else quantizer
+
+
+def _one_pass(transform: Transform | None, quantizer: AbsMax | Clip | None) -> bool:
+    """Whether the native kernel can do all of a site at once: a map within blocks, or none, that trains no more; a clip
+    within blocks; and no scale of the whole tensor after a map, which nobody knows before it."""
+    if quantizer is None or (isinstance(quantizer, Clip) and (quantizer.whole or quantizer.logits is not None)):
+        return False
+    rounding = _rounding(quantizer)
+    if transform is None:
+        return native.has_rule(rounding.rule)
+    return (
+        isinstance(transform, BlockDiagonal)
+        and transform.block <= native.LARGEST_MAP
+        and not any(parameter.requires_grad for parameter in transform.parameters())
+        and native.has_rule(rounding.rule)
+        and not rounding.format.has_tensor_scale
+    )
 
 
 class QuantLinear(nn.Module):
@@ -87,15 +123,22 @@ class QuantBlock:
     attention: str = "self_attn"
 
 
-def install(block: nn.Module, quantized: QuantBlock, dtype: torch.dtype = torch.float32) -> None:
-    """Swap the linear layers of ``block`` that ``quantized`` names for :class:`QuantLinear` modules, and quantize its
-    cache, in place."""
+Linear = Callable[[SiteInput, QTensor, Tensor | None], nn.Module]
+
+
+def dequantized(site: SiteInput, weight: QTensor, bias: Tensor | None) -> QuantLinear:
+    """The layer that calibration runs: its weight as floats."""
+    return QuantLinear(site, weight.dequantize(), bias)
+
+
+def install(block: nn.Module, quantized: QuantBlock, linear: Linear = dequantized) -> None:
+    """Swap the linear layers of ``block`` that ``quantized`` names for what ``linear`` makes of site, codes and bias, and
+    quantize its cache, in place."""
     for site in quantized.sites:
         site_input = SiteInput(site.transform, site.quantizer, num_consumers=len(site.consumers))
         for path in site.consumers:
             bias = getattr(block.get_submodule(path), "bias", None)
-            weight = quantized.weights[path].dequantize().to(dtype)
             bias = None if bias is None else bias.detach()
-            block.set_submodule(path, QuantLinear(site_input, weight, bias))
+            block.set_submodule(path, linear(site_input, quantized.weights[path], bias))
     if quantized.kv is not None:
         block.get_submodule(quantized.attention).kv = quantized.kv

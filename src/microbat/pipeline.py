@@ -128,11 +128,18 @@ def write_tokens(recipe: Recipe, file: Path) -> None:
         _calibration(recipe, Checkpoint(resolve(recipe.model)), file, _device(recipe.device))
 
 
-def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
-    """A runnable model: from a microbat folder as it was calibrated, or a float model from its folder or the hub."""
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+) -> nn.Module:
+    """A runnable model: from a microbat folder, its linear layers running from their bits in ``backend``, or a float model
+    from its folder or the hub."""
     path = resolve(folder)
     if folders.is_microbat_folder(path):
-        return load_folder(path, dtype=dtype, device=device)
+        return load_folder(path, dtype=dtype, device=device, backend=backend)
     Checkpoint(path)  # a damaged checkpoint shows here, with its name
     from transformers import AutoModelForCausalLM
 

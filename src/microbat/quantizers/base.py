@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from microbat import native
 from microbat.formats.block import BlockFormat, QTensor, join_blocks, split_blocks
 from microbat.formats.scales import default_rule, rules_for
 from microbat.quantizers import kernel
@@ -94,6 +95,11 @@ class AbsMax(Quantizer):
         and without a gradient: a buffer used again costs a CPU a third of a fresh one.
         """
         width = x.shape[-1]
+        if not _needs_gradient(x, low, high) and native.available(x) and native.has_rule(self.rule):
+            y = torch.empty(x.shape, dtype=_matmul_dtype(x.device)) if out is None else out
+            ratios = None if low is None or high is None else torch.stack((low, high), dim=-1).to(torch.float32)
+            self.native_fake(x, ratios, y)
+            return y
         x_GB = split_blocks(x, self.format.block_of(width))
         groups = x_GB.shape[:-1]
         low_G, high_G = (None if r is None else r.expand(groups).reshape(-1) for r in (low, high))
@@ -104,6 +110,15 @@ class AbsMax(Quantizer):
             y = kernel.fake_quantize(flat, low_G, high_G, outer, into, format=self.format, rule=self.rule)
         return join_blocks(y.unflatten(0, groups), width) if out is None else out
 
+    def native_fake(self, x: Tensor, ratios: Tensor | None, out: Tensor, map: native.Map | None = None) -> None:
+        """:meth:`fake` by the native kernel, after ``map``: write to ``out``. Its ``ratios`` are [G, 2] or x's [..., G, 2]."""
+        if ratios is not None and ratios.dim() > 2:
+            groups = -(-x.shape[-1] // self.format.block_of(x.shape[-1]))
+            ratios = ratios.expand(*x.shape[:-1], groups, 2).reshape(-1, groups, 2)
+        rows = x.view(-1, x.shape[-1])
+        outer = self._tensor_scale(x)
+        native.fake_quantize(rows, ratios, outer, out, format=self.format, rule=self.rule, map=map)
+
     def _tensor_scale(self, x: Tensor) -> Tensor | None:
         if not self.format.has_tensor_scale:
             return None
@@ -112,3 +127,7 @@ class AbsMax(Quantizer):
 
 def _matmul_dtype(device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -163,7 +163,7 @@ def fake_quantize(
 
 @torch.no_grad()
 def _run(function: Callable, tensors: tuple, format: BlockFormat, rule: str):  # type: ignore[no-untyped-def]
-    if tensors[0].numel() < EAGER_BELOW or not _can_compile():
+    if tensors[0].numel() < EAGER_BELOW or not can_compile():
         return function(*tensors, format=format, rule=rule)
     tensors = tuple(tensor if tensor is None else tensor.detach() for tensor in tensors)
     for tensor in tensors:
@@ -185,7 +185,7 @@ def _compiled(function: Callable, format: BlockFormat, rule: str, dtypes: tuple[
 
 
 @functools.cache
-def _can_compile() -> bool:
+def can_compile() -> bool:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2))
     except Exception as error:  # no C++ compiler: any of several exception types, so all are reported

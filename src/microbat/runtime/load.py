@@ -1,5 +1,6 @@
-"""From a folder to a model: a transformers model whose linear layers are :class:`microbat.linear.QuantLinear`."""
+"""From a folder to a model: a transformers model whose linear layers are :class:`microbat.runtime.packed.PackedLinear`."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,13 +9,23 @@ from torch import nn
 from microbat.export.folder import INDEX, OTHER_SHARD, block_shard, is_quantizers, read_block, read_contract
 from microbat.linear import install
 from microbat.models.base import Checkpoint
+from microbat.runtime.packed import PackedLinear
 
 
-def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+) -> nn.Module:
     """The model in a microbat folder, ready for ``model(...)`` and ``model.generate(...)``.
 
-    Weights stay on their format's grid (unpacked to ``dtype``), activations are transformed and quantized as they were
-    in calibration. Raises ValueError for a folder that is not ours, not finished, or damaged.
+    Linear layers keep their codes and scales as stored and multiply by them in ``backend`` (``auto``: the best that each
+    layer's format and device have; :mod:`microbat.runtime.packed` lists them); ``dtype`` is that of everything else and
+    of their larger products. Activations are transformed and quantized as they were in calibration. A block at a time is
+    unpacked to codes of a byte each while it is read and checked, nothing to floats.
+    Raises ValueError for a folder that is not ours, not finished, or damaged, and for an unknown or unfit backend.
     """
     folder = Path(folder)
     read_contract(folder)
@@ -24,7 +35,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
     blocks = model.get_submodule(family.blocks)
     for index, block in enumerate(blocks):
         stored = read_block(folder / block_shard(index))
-        install(block, stored.quantized, dtype)
+        install(block, stored.quantized, partial(PackedLinear, dtype=dtype, backend=backend))
         floats = {key: tensor.to(dtype) for key, tensor in stored.floats.items()}
         missing = block.load_state_dict(floats, strict=False, assign=True).missing_keys
         missing = [key for key in missing if not is_quantizers(key)]

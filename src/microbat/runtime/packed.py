@@ -1,0 +1,166 @@
+"""The linear layer that runs from its packed bits, and the backends that multiply by them.
+
+=========  =========================================  ==================================================================
+backend    where                                      how
+=========  =========================================  ==================================================================
+native     CPU, microbat built with a C++ compiler    up to 32 tokens: codes are decoded in registers, sums are float32;
+                                                      more: tile by tile, decoded by the native kernel
+torch      everywhere                                 tile by tile, decoded by torch (compiled where that works)
+=========  =========================================  ==================================================================
+
+A tile is as many rows of the weight as fit a buffer of 4 MiB, which every layer of a thread uses again. It is multiplied in
+the layer's dtype: in float32 the operands are the calibrated ones exactly and only the order of the sums differs, so an
+output is within K 2^-24 sum |x w| of the exact one (``reference.bound``); in BF16 MX and integer values are exact as
+well, NVFP4's are rounded, and so is the output.
+"""
+
+# Shapes: T tokens, K in, N out, G groups along K.
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from microbat import native
+from microbat.formats.block import BlockFormat, QTensor
+from microbat.formats.packing import pack, unpack
+from microbat.linear import SiteInput
+from microbat.quantizers.kernel import can_compile
+from microbat.registry import unknown
+
+NATIVE_TOKENS = 32  # where decoding once for a BF16 product begins to win
+TILE_BYTES = 4 << 20
+
+
+class PackedLinear(nn.Module):
+    """``y = site(x) @ weight.T + bias``, the weight [N, K] in its own bits: ``codes`` and ``scales``, raw bytes as stored."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(
+        self, site: SiteInput, weight: QTensor, bias: Tensor | None, *, dtype: torch.dtype, backend: str = "auto"
+    ):
+        super().__init__()
+        parts = pack(weight)
+        self.site, self.format, self.dtype = site, weight.format, dtype
+        self.out_features, self.in_features = weight.shape
+        codes = parts["weight"] if "weight" in parts else parts["weight_packed"]
+        # As bytes, so that model.to(dtype) leaves them alone.
+        self.register_buffer("codes", codes.view(torch.uint8), persistent=False)
+        self.register_buffer("scales", parts["weight_scale"].view(torch.uint8), persistent=False)
+        self.tensor_scale = 1.0 if weight.tensor_scale is None else weight.tensor_scale.item()
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._backend = backend
+        if backend != "auto":
+            check(backend, weight.format, codes.device.type)
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend that multiplies: the one that was asked for, or the best for the device."""
+        return best(self.format, self.codes.device.type) if self._backend == "auto" else self._backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.site(x)
+        y = BACKENDS[self.backend].product(self, seen.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def rows(self, start: int, stop: int) -> QTensor:
+        """Some rows of the weight, unpacked."""
+        parts = {
+            "weight" if self.format.element.bits == 8 else "weight_packed": self.codes[start:stop],
+            "weight_scale": self.scales[start:stop].view(native.SCALE_DTYPES[self.format.scale_element]),
+            "weight_tensor_scale": torch.tensor(self.tensor_scale, device=self.codes.device),
+        }
+        return unpack(parts, self.format, self.in_features)
+
+    def dequantize(self) -> Tensor:
+        """The whole weight [N, K] in float32, for those who look at it; products never make it."""
+        return self.rows(0, self.out_features).dequantize()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.format.name}, backend={self.backend}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """``product(layer, x [T, K])`` is [T, N]; ``fits(format, device type)`` says where that works."""
+
+    fits: Callable[[BlockFormat, str], bool]
+    product: Callable[[PackedLinear, Tensor], Tensor]
+
+
+def native_product(layer: PackedLinear, x: Tensor) -> Tensor:
+    if x.shape[0] <= NATIVE_TOKENS and native.has_product(layer.format):
+        x = x.to(torch.float32).contiguous()
+        return native.product(x, layer.codes, layer.scales, layer.tensor_scale, format=layer.format)
+    return _by_tiles(layer, x, _decode_natively)
+
+
+def torch_product(layer: PackedLinear, x: Tensor) -> Tensor:
+    return _by_tiles(layer, x, _decode)
+
+
+BACKENDS = {  # the best first
+    "native": Backend(
+        fits=lambda format, device: device == "cpu" and native.library() is not None, product=native_product
+    ),
+    "torch": Backend(fits=lambda format, device: True, product=torch_product),
+}
+
+
+@functools.cache
+def best(format: BlockFormat, device: str) -> str:
+    """The name of the first backend that runs ``format`` on a device of this type."""
+    return next(name for name, backend in BACKENDS.items() if backend.fits(format, device))
+
+
+def check(name: str, format: BlockFormat, device: str) -> None:
+    """Raise ValueError where there is no backend ``name``, or it does not run ``format`` on this type of device."""
+    if name not in BACKENDS:
+        raise unknown("backend", name, BACKENDS)
+    if not BACKENDS[name].fits(format, device):
+        raise ValueError(
+            f"backend {name!r} does not run {format.name} on {device!r} here (native: a CPU, and microbat installed where "
+            "there is a C++ compiler)"
+        )
+
+
+def _by_tiles(layer: PackedLinear, x: Tensor, decode: Callable[[PackedLinear, int, Tensor], None]) -> Tensor:
+    x = x.to(layer.dtype)
+    y = torch.empty(x.shape[0], layer.out_features, dtype=x.dtype, device=x.device)
+    num_rows = max(1, TILE_BYTES // (layer.in_features * x.element_size()))
+    for start in range(0, layer.out_features, num_rows):
+        out = y[:, start : start + num_rows]
+        tile = _buffer(out.shape[1] * layer.in_features, x.dtype, x.device).view(out.shape[1], -1)
+        decode(layer, start, tile)
+        torch.mm(x, tile.T, out=out)
+    return y
+
+
+_buffers = threading.local()
+
+
+def _buffer(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The thread's buffer: a fresh one costs a CPU more in page faults than decoding into it does."""
+    held = _buffers.__dict__
+    if (dtype, device) not in held or held[dtype, device].numel() < numel:
+        held[dtype, device] = torch.empty(max(numel, TILE_BYTES // dtype.itemsize), dtype=dtype, device=device)
+    return held[dtype, device][:numel]
+
+
+def _decode_natively(layer: PackedLinear, start: int, tile: Tensor) -> None:
+    rows = slice(start, start + tile.shape[0])
+    native.dequantize(layer.codes[rows], layer.scales[rows], layer.tensor_scale, tile, format=layer.format)
+
+
+def _decode(layer: PackedLinear, start: int, tile: Tensor) -> None:
+    tile.copy_(layer.rows(start, start + tile.shape[0]).dequantize())
