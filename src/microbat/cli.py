@@ -263,9 +263,39 @@ def _print_scores(title: str, rows: list[tuple[str, dict[str, Any], str]]) -> No
 
 
 @app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A microbat folder, a model folder, or a name on the hub.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="At most so many; the end of the context ends it too.")
+    ] = 128,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+) -> None:
+    """Continue a text, greedily, printed as it comes. A scheme with KV8 or KV4 keeps its cache in those bits.
+
+    Example: `microbat generate qwen-mxfp4 --prompt 'The bat'`
+    """
+    from microbat import pipeline
+
+    with _errors():
+        pipeline.generate(
+            model,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            device=device,
+            show=lambda piece: print(piece, end="", flush=True),
+        )
+    print()
+
+
+@app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) -> None:
-    """What is in a folder: bits per weight, sizes, formats, transforms with their parameter counts, per-layer errors."""
+    """What is in a folder: bits per weight, sizes, formats, transforms with their parameter counts, per-layer errors, and
+    the backend that runs each layer on this machine."""
     from microbat.export.folder import read_contract
+    from microbat.pipeline import device_of
+    from microbat.runtime.packed import best
+    from microbat.scheme import formats
 
     with _errors():
         contract = read_contract(folder)
@@ -284,15 +314,26 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
         f"quantized layers {size['quantized_layers'] / 1e6:.1f} MB, transforms and clips {size['transforms'] / 1e6:.2f} MB, "
         f"other {size['other'] / 1e6:.1f} MB, total {size['total'] / 1e6:.1f} MB (bfloat16: {size['bf16_total'] / 1e6:.1f} MB)"
     )
-    table = Table()
-    for column in ("layer", "shape", "format", "bits", "transform", "parameters", "weight error", "output error"):
-        table.add_column(column, justify="left" if column in ("layer", "format", "transform") else "right")
+    table, device = Table(), device_of("auto").type
+    for column in (
+        "layer",
+        "shape",
+        "format",
+        "bits",
+        "backend",
+        "transform",
+        "parameters",
+        "weight error",
+        "output error",
+    ):
+        table.add_column(column, justify="left" if column in ("layer", "format", "backend", "transform") else "right")
     for layer in content["layers"]:
         table.add_row(
             layer["name"],
             "x".join(map(str, layer["shape"])),
             layer["format"],
             f"{layer['bits']:.2f}",
+            best(formats()[layer["format"]], device),
             layer["transform"] or "none",
             str(layer["transform_params"]),
             f"{layer['weight_error']:.4f}",
@@ -300,7 +341,9 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
         )
     console.print(table)
     parameters = {(layer["block"], layer["site"]): layer["transform_params"] for layer in content["layers"]}
-    console.print(f"{sum(parameters.values())} transform parameters in all")
+    console.print(
+        f"{sum(parameters.values())} transform parameters in all; backends are those of this machine's {device}"
+    )
 
 
 @app.command("list")

@@ -21,6 +21,14 @@ from microbat.quantizers.clip import Clip
 from microbat.transforms.base import BlockDiagonal, Transform
 
 
+class _Shared:
+    """What a site's consumers share, while there are consumers to come. Not attributes of the module: those are slow to set."""
+
+    source: weakref.ref[Tensor] | None = None
+    result: Tensor | None = None
+    uses = 0
+
+
 class SiteInput(nn.Module):
     """Transform and quantize the activation that ``num_consumers`` linear layers share.
 
@@ -37,17 +45,16 @@ class SiteInput(nn.Module):
         self.num_consumers = num_consumers
         self._one_pass = _one_pass(transform, quantizer)
         self._map: native.Map | None = None
-        self._source: weakref.ref[Tensor] | None = None
-        self._result: Tensor | None = None
-        self._uses = 0
+        self._shared = _Shared()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._source is None or self._source() is not x:
-            self._source, self._result, self._uses = weakref.ref(x), self._compute(x), 0
-        result = self._result
-        self._uses += 1
-        if self._uses >= self.num_consumers:
-            self._source = self._result = None
+        shared = self._shared
+        if shared.source is None or shared.source() is not x:
+            shared.source, shared.result, shared.uses = weakref.ref(x), self._compute(x), 0
+        result = shared.result
+        shared.uses += 1
+        if shared.uses >= self.num_consumers:
+            shared.source = shared.result = None
         return result
 
     def _compute(self, x: Tensor) -> Tensor:

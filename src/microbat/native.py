@@ -18,6 +18,7 @@ from torch import Tensor
 
 from microbat.formats.block import BlockFormat
 from microbat.formats.element import BF16, E4M3, E8M0, FP32
+from microbat.formats.packing import SCALE_DTYPES
 
 SCALES = {E8M0: 0, E4M3: 1, BF16: 2, FP32: 3}
 RULES = {"floor": 0, "even": 1, "rceil": 2, "ceil": 3, "absmax": 4}
@@ -81,8 +82,9 @@ def has_rule(rule: str) -> bool:
     return rule in RULES
 
 
+@functools.cache
 def has_product(format: BlockFormat) -> bool:
-    """Whether this processor has a product for the format that is faster than dequantizing."""
+    """Whether :func:`product` has instructions for the format on this processor; the portable one decodes row by row."""
     lib = library()
     return lib is not None and bool(lib.microbat_has_product(byref(_format(format, ""))))
 
@@ -129,9 +131,6 @@ def quantize(
     return codes, scales
 
 
-SCALE_DTYPES = {E8M0: torch.uint8, E4M3: torch.float8_e4m3fn, BF16: torch.bfloat16, FP32: torch.float32}
-
-
 def packed_bytes(width: int, format: BlockFormat) -> int:
     """Bytes of a packed row of ``width`` codes."""
     return {4: -(-width // 2), 6: -(-width // 4) * 3, 8: width}[format.element.bits]
@@ -166,10 +165,13 @@ def _quantize(
     codes: Tensor | None,
     scales: Tensor | None,
 ) -> None:
+    shared = ratios is None or ratios.dim() == 2
     library().microbat_quantize(  # type: ignore[union-attr]
-        x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, byref(map.struct if map else _NO_MAP), _pointer(ratios),
-        ratios.stride(0) if ratios is not None and ratios.dim() == 3 else 0, 1.0 if outer is None else outer.item(), byref(_format(format, rule)), _pointer(out),
-        out is not None and out.dtype == torch.bfloat16, _pointer(codes), _pointer(scales), torch.get_num_threads(),
+        x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, byref(map.struct if map else _NO_MAP),
+        _pointer(ratios), 0 if shared else ratios.stride(0),  # type: ignore[union-attr]
+        1.0 if outer is None else outer.item(), byref(_format(format, rule)),
+        _pointer(out), out is not None and out.dtype == torch.bfloat16, _pointer(codes), _pointer(scales),
+        torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ from microbat.quantizers.clip import Clip
 from microbat.recipe import Recipe, describe, to_json
 from microbat.report.activations import activation_record
 from microbat.report.page import write_page
+from microbat.runtime.generate import generate as continuation
 from microbat.runtime.load import load as load_folder
 from microbat.scheme import Scheme
 
@@ -80,7 +81,7 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
     preparers, solver = recipe.methods()
     scheme = recipe.parsed_scheme()
     partial = _open_partial(out, recipe, checkpoint)
-    device = _device(recipe.device)
+    device = device_of(recipe.device)
     calibration = _calibration(recipe, checkpoint, tokens or partial / TOKENS_FILE, device)
     checkpoint = _rotated(recipe, checkpoint, preparers, scheme, calibration, device, partial)
     job = Job(
@@ -125,7 +126,7 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
 def write_tokens(recipe: Recipe, file: Path) -> None:
     """Make the calibration tokens of ``recipe`` in ``file``, for runs that share them, where it is not there yet."""
     if not file.is_file():
-        _calibration(recipe, Checkpoint(resolve(recipe.model)), file, _device(recipe.device))
+        _calibration(recipe, Checkpoint(resolve(recipe.model)), file, device_of(recipe.device))
 
 
 def load(
@@ -144,6 +145,26 @@ def load(
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    device: str = "auto",
+    show: Callable[[str], None] = lambda piece: None,
+) -> str:
+    """The greedy continuation of ``prompt`` by ``model`` (a folder or a name on the hub); ``show`` gets it piece by piece.
+
+    Raises ValueError for a prompt that is empty or longer than the context, and for a device without enough memory.
+    """
+    chosen = device_of(device)
+    try:
+        loaded = load(model, device=chosen)
+        return continuation(loaded, tokenizer_of(model), prompt, max_new_tokens=max_new_tokens, show=show)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{model} and this prompt do not fit the memory of {chosen}; try --device cpu") from error
 
 
 def tokenizer_of(model: str | Path) -> Any:
@@ -170,7 +191,7 @@ def evaluate(
     models = dict(models)
     if reference not in models:
         models = {reference: _float_model(next(iter(models.values()))), **models}
-    chosen = _device(device)
+    chosen = device_of(device)
     name, cut = text_windows(models[reference], text, window, windows)
     loaders = {name: partial(load, path, device=chosen) for name, path in models.items()}
     if sum(_float32_bytes(path) for path in models.values()) < HELD_TOGETHER:
@@ -226,7 +247,7 @@ def task_scores(model: str | Path, tasks: Tasks, *, answers: Path, device: str =
     """Benchmark -> ``score``, ``stderr`` and all else that was counted, of one model; ``answers`` keeps what it wrote."""
     if _is_url(model):
         return tasks.answered(Served(url=str(model), sampling=tasks.sampling), _identity(model), answers)
-    return tasks.scores(load(model, device=_device(device)), tokenizer_of(model), _identity(model), answers)
+    return tasks.scores(load(model, device=device_of(device)), tokenizer_of(model), _identity(model), answers)
 
 
 def held_together(model: str | Path) -> int:
@@ -384,7 +405,7 @@ def _rotated(
     return RotatedCheckpoint(checkpoint, Rotation(**load_file(file)))
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():

@@ -166,9 +166,6 @@ def _run(function: Callable, tensors: tuple, format: BlockFormat, rule: str):  #
     if tensors[0].numel() < EAGER_BELOW or not can_compile():
         return function(*tensors, format=format, rule=rule)
     tensors = tuple(tensor if tensor is None else tensor.detach() for tensor in tensors)
-    for tensor in tensors:
-        if tensor is not None and tensor.dim():
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
     dtypes = tuple("" if tensor is None else str(tensor.dtype) for tensor in tensors)
     return _compiled(function, format, rule, dtypes)(*tensors)
 
@@ -178,10 +175,24 @@ def _compiled(function: Callable, format: BlockFormat, rule: str, dtypes: tuple[
     def kernel(*tensors):  # type: ignore[no-untyped-def]
         return function(*tensors, format=format, rule=rule)
 
-    # A code object of its own: torch.compile counts recompilations per code object and gives up after a few.
-    name = "_".join((function.__name__, format.name, rule, *dtypes))
-    kernel.__code__ = kernel.__code__.replace(co_name=name)
-    return torch.compile(kernel)
+    return compiled(kernel, "_".join((function.__name__, format.name, rule, *dtypes)))
+
+
+def compiled(function: Callable, name: str) -> Callable:
+    """``function`` of tensors, compiled for any length of their first axes, under a ``name`` of its own.
+
+    torch.compile counts recompilations per code object, closures share theirs, and it gives up after a few.
+    """
+    function.__code__ = function.__code__.replace(co_name=name)
+    fast = torch.compile(function)
+
+    def call(*tensors):  # type: ignore[no-untyped-def]
+        for tensor in tensors:
+            if tensor is not None and tensor.dim():
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return fast(*tensors)
+
+    return call
 
 
 @functools.cache

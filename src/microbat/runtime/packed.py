@@ -3,9 +3,9 @@
 =========  =========================================  ==================================================================
 backend    where                                      how
 =========  =========================================  ==================================================================
-native     CPU, microbat built with a C++ compiler    up to 32 tokens: codes are decoded in registers, sums are float32;
-                                                      more: tile by tile, decoded by the native kernel
-torch      everywhere                                 tile by tile, decoded by torch (compiled where that works)
+native     CPU, microbat built with a C++ compiler    up to 32 tokens (8 without AVX-512 BF16): codes are decoded in
+                                                      registers, sums are float32; more: by tiles, decoded natively
+torch      everywhere                                 by tiles, decoded by torch (compiled where that works)
 =========  =========================================  ==================================================================
 
 A tile is as many rows of the weight as fit a buffer of 4 MiB, which every layer of a thread uses again. It is multiplied in
@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from microbat import native
 from microbat.formats.block import BlockFormat, QTensor
-from microbat.formats.packing import pack, unpack
+from microbat.formats.packing import SCALE_DTYPES, pack, unpack
 from microbat.linear import SiteInput
-from microbat.quantizers.kernel import can_compile
+from microbat.quantizers.kernel import EAGER_BELOW, can_compile, compiled
 from microbat.registry import unknown
 
-NATIVE_TOKENS = 32  # where decoding once for a BF16 product begins to win
+NATIVE_TOKENS = 32  # where decoding once for a product of its own begins to win
+PORTABLE_TOKENS = 8  # the same, for formats and processors that the native product has no instructions for
 TILE_BYTES = 4 << 20
 
 
@@ -40,6 +41,7 @@ class PackedLinear(nn.Module):
 
     codes: Tensor
     scales: Tensor
+    tensor_scale: Tensor
 
     def __init__(
         self, site: SiteInput, weight: QTensor, bias: Tensor | None, *, dtype: torch.dtype, backend: str = "auto"
@@ -52,7 +54,9 @@ class PackedLinear(nn.Module):
         # As bytes, so that model.to(dtype) leaves them alone.
         self.register_buffer("codes", codes.view(torch.uint8), persistent=False)
         self.register_buffer("scales", parts["weight_scale"].view(torch.uint8), persistent=False)
-        self.tensor_scale = 1.0 if weight.tensor_scale is None else weight.tensor_scale.item()
+        tensor_scale = torch.ones(()) if weight.tensor_scale is None else weight.tensor_scale.reshape(())
+        self.register_buffer("tensor_scale", tensor_scale, persistent=False)
+        self.outer = tensor_scale.item()
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._backend = backend
         if backend != "auto":
@@ -70,12 +74,9 @@ class PackedLinear(nn.Module):
 
     def rows(self, start: int, stop: int) -> QTensor:
         """Some rows of the weight, unpacked."""
-        parts = {
-            "weight" if self.format.element.bits == 8 else "weight_packed": self.codes[start:stop],
-            "weight_scale": self.scales[start:stop].view(native.SCALE_DTYPES[self.format.scale_element]),
-            "weight_tensor_scale": torch.tensor(self.tensor_scale, device=self.codes.device),
-        }
-        return unpack(parts, self.format, self.in_features)
+        return _unpack(
+            self.codes[start:stop], self.scales[start:stop], self.tensor_scale, self.format, self.in_features
+        )
 
     def dequantize(self) -> Tensor:
         """The whole weight [N, K] in float32, for those who look at it; products never make it."""
@@ -99,9 +100,9 @@ class Backend:
 
 
 def native_product(layer: PackedLinear, x: Tensor) -> Tensor:
-    if x.shape[0] <= NATIVE_TOKENS and native.has_product(layer.format):
+    if x.shape[0] <= (NATIVE_TOKENS if native.has_product(layer.format) else PORTABLE_TOKENS):
         x = x.to(torch.float32).contiguous()
-        return native.product(x, layer.codes, layer.scales, layer.tensor_scale, format=layer.format)
+        return native.product(x, layer.codes, layer.scales, layer.outer, format=layer.format)
     return _by_tiles(layer, x, _decode_natively)
 
 
@@ -159,8 +160,33 @@ def _buffer(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _decode_natively(layer: PackedLinear, start: int, tile: Tensor) -> None:
     rows = slice(start, start + tile.shape[0])
-    native.dequantize(layer.codes[rows], layer.scales[rows], layer.tensor_scale, tile, format=layer.format)
+    native.dequantize(layer.codes[rows], layer.scales[rows], layer.outer, tile, format=layer.format)
 
 
 def _decode(layer: PackedLinear, start: int, tile: Tensor) -> None:
-    tile.copy_(layer.rows(start, start + tile.shape[0]).dequantize())
+    rows = slice(start, start + tile.shape[0])
+    function = _decode_into if tile.numel() < EAGER_BELOW or not can_compile() else _compiled_decode
+    function(layer.format, layer.in_features, tile.dtype)(
+        layer.codes[rows], layer.scales[rows], layer.tensor_scale, tile
+    )
+
+
+def _decode_into(format: BlockFormat, width: int, dtype: torch.dtype) -> Callable[..., None]:
+    def decode(codes: Tensor, scales: Tensor, tensor_scale: Tensor, tile: Tensor) -> None:
+        tile.copy_(_unpack(codes, scales, tensor_scale, format, width).dequantize())
+
+    return decode
+
+
+@functools.cache
+def _compiled_decode(format: BlockFormat, width: int, dtype: torch.dtype) -> Callable[..., None]:
+    return compiled(_decode_into(format, width, dtype), f"decode_{format.name}_{width}_{dtype}".replace(".", "_"))
+
+
+def _unpack(codes: Tensor, scales: Tensor, tensor_scale: Tensor, format: BlockFormat, width: int) -> QTensor:
+    parts = {
+        "weight" if format.element.bits == 8 else "weight_packed": codes,
+        "weight_scale": scales.view(SCALE_DTYPES[format.scale_element]),
+        "weight_tensor_scale": tensor_scale,
+    }
+    return unpack(parts, format, width)
