@@ -163,6 +163,11 @@ struct Rounding {
     uint32_t min_binade, room;
     explicit Rounding(const Format& f)
         : max(f.max), min_binade(uint32_t(f.emin + 127) << 23), room(uint32_t(23 - f.mantissa_bits) << 23) {}
+    INLINE Rounding times(float scale, int32_t exponent) const {  // the same grid, that many times as wide
+        Rounding r = *this;
+        r.max *= scale, r.min_binade += uint32_t(exponent) << 23;
+        return r;
+    }
 };
 
 // The scale of a block in its own format, from its largest magnitude; a block with NaN or Inf has no scale but NaN.
@@ -211,12 +216,29 @@ struct Block {  // what a block's numbers are clipped to and divided by
 };
 
 template <class In>
+INLINE uint32_t largest(const In* x, int64_t n) {
+    int32_t most = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        int32_t magnitude = int32_t(bits_of(load(x[i])) & MAGNITUDE);
+        most = magnitude > most ? magnitude : most;
+    }
+    return uint32_t(most);
+}
+
+template <class In>
 INLINE Block measure(const In* x, int64_t n, const float* ratios, float outer, const Format& f) {
-    uint32_t high, low;
-    extremes(x, n, high, low);
-    Block b{-float_of(low), float_of(high), 0, 0, 0};
-    if (ratios) b.low *= ratios[0], b.high *= ratios[1], low = bits_of(-b.low) & MAGNITUDE, high = bits_of(b.high);
-    b.scale = block_scale(high > low ? high : low, outer, f);
+    Block b{0, 0, 0, 0, 0};
+    uint32_t amax;
+    if (ratios) {
+        uint32_t high, low;
+        extremes(x, n, high, low);
+        b.low = -float_of(low) * ratios[0], b.high = float_of(high) * ratios[1];
+        low = bits_of(-b.low) & MAGNITUDE, high = bits_of(b.high) & MAGNITUDE;
+        amax = high > low ? high : low;
+    } else {
+        amax = largest(x, n);
+    }
+    b.scale = block_scale(amax, outer, f);
     b.product = f.scale == E4M3 ? b.scale * outer : b.scale;
     b.inverse = 1.0f / b.product;
     return b;
@@ -325,6 +347,16 @@ INLINE void fake_row(const In* x, int64_t width, const float* ratios, float oute
         const Block b = measure(x + k, n, ratios ? ratios + k / block * 2 : nullptr, outer, f);
         Out* to = out + k;
         const float product = b.product;
+        const int32_t exponent = int32_t(bits_of(b.scale) >> 23) - 127;
+        if (POWER && exponent > -100 && exponent < 80) {  // nothing over- or underflows: round where the numbers are
+            const Rounding here = rounding.times(b.scale, exponent);
+            for (int64_t i = 0; i < n; ++i) {
+                float v = load(x[k + i]);
+                if (ratios) v = v < b.low ? b.low : v > b.high ? b.high : v;
+                store(to[i], round_to(v, here.max, here.min_binade, here.room));
+            }
+            continue;
+        }
         if (ratios)
             round_block<POWER>(x + k, n, b, true, rounding, [=](int64_t i, float v) { store(to[i], v * product); });
         else
