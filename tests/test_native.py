@@ -1,5 +1,8 @@
 """The native kernels give the bits of the torch code, on every format, rule, shape and odd value."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -87,6 +90,30 @@ def test_maps(transform):
     different = (out - wanted).abs().unflatten(-1, (-1, 32))
     assert (different <= step[..., None]).all()
     assert (different > 0).float().mean() < 1e-3  # only next to a tie
+
+
+def test_threads_change_nothing():
+    """Slices of rows by a pool of threads; a forked process gets a pool of its own."""
+    code = (
+        "import os, torch\n"
+        "from microbat import native\n"
+        "from microbat.formats.microscaling import MXFP4\n"
+        "x = torch.randn(3000, 512, generator=torch.Generator().manual_seed(0))\n"
+        "def work(threads):\n"
+        "    torch.set_num_threads(threads)\n"
+        "    codes, scales = native.quantize(x, None, None, format=MXFP4, rule='even')\n"
+        "    y = native.product(x[:3], codes, scales, 1.0, format=MXFP4)\n"
+        "    out = torch.empty_like(x)\n"
+        "    native.dequantize(codes, scales, 1.0, out, format=MXFP4)\n"
+        "    return [tensor.numpy().tobytes() for tensor in (codes, scales, y, out)]\n"  # torch's threads hang in a fork
+        "one = work(1)\n"
+        "def same(): return all(work(3) == one for _ in range(20))\n"
+        "assert same()\n"
+        "child = os.fork()\n"
+        "if not child: os._exit(0 if same() else 1)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
 
 
 def test_what_the_kernels_do_not_take():

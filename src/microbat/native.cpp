@@ -21,6 +21,10 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define VECTORIZED __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
@@ -141,6 +145,10 @@ class Pool {
 };
 
 Pool* pool = new Pool;  // never destroyed: its threads may outlive static destructors
+
+#if defined(__unix__) || defined(__APPLE__)
+const int renewed_after_fork = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });  // threads do not survive it
+#endif
 
 // ---- scales and rounding -------------------------------------------------------------------------------------------
 
