@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 import microbat
-from microbat import comparison, pipeline
+from microbat import comparison, measure, pipeline
 from microbat.cli import app
 from microbat.evaluation.benchmarks import BENCHMARKS
 from microbat.evaluation.quality import recovery
@@ -86,15 +86,15 @@ def without_times(result: dict) -> dict:
     return plain
 
 
-def spy(monkeypatch, name: str) -> list:
-    """First positional argument of every call of a function of the pipeline."""
-    calls, original = [], getattr(pipeline, name)
+def spy(monkeypatch, module, name: str) -> list:
+    """First positional argument of every call of a module's function."""
+    calls, original = [], getattr(module, name)
 
     def called(first, *args, **kwargs):
         calls.append(first)
         return original(first, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, name, called)
+    monkeypatch.setattr(module, name, called)
     return calls
 
 
@@ -138,7 +138,7 @@ def test_standings_name_one_best_and_what_cannot_be_told_from_it(whole):
 
 
 def test_calibration_tokens_and_float_passes_are_shared(content, tmp_path, monkeypatch):
-    passes = spy(monkeypatch, "evaluate")
+    passes = spy(monkeypatch, measure, "evaluate")
     microbat.compare(save(content, tmp_path), out=tmp_path / "out", quick=True)
     assert [list(models) for models in passes] == [["float", "rtn-w4a4kv16-seed0", "batquant-w4a4kv16-seed0"]]
     assert len(list((tmp_path / "out" / "tokens").iterdir())) == 1
@@ -146,7 +146,7 @@ def test_calibration_tokens_and_float_passes_are_shared(content, tmp_path, monke
 
 
 def test_a_finished_comparison_is_not_made_again(whole, suite, monkeypatch):
-    runs, passes = spy(monkeypatch, "run"), spy(monkeypatch, "evaluate")
+    runs, passes = spy(monkeypatch, pipeline, "run"), spy(monkeypatch, measure, "evaluate")
     again = microbat.compare(suite, out=whole[0])
     assert (runs, passes) == ([], [])
     assert again == whole[1]
@@ -168,9 +168,9 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(suite, whole, tmp
             microbat.compare(suite, out=tmp_path / "out")
     assert len(list((tmp_path / "out" / "cells").glob("*.partial"))) == 1
 
-    monkeypatch.setattr(pipeline, "held_together", lambda model: 6)  # five cells beside the float model
+    monkeypatch.setattr(measure, "held_together", lambda model: 6)  # five cells beside the float model
     with monkeypatch.context() as patch:
-        runs, original, passes = spy(patch, "run"), pipeline.evaluate, []
+        runs, original, passes = spy(patch, pipeline, "run"), measure.evaluate, []
 
         def stop_in_the_second_pass(models, **options):
             passes.append(list(models)[1:])
@@ -178,12 +178,12 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(suite, whole, tmp
                 raise KeyboardInterrupt
             return original(models, **options)
 
-        patch.setattr(pipeline, "evaluate", stop_in_the_second_pass)
+        patch.setattr(measure, "evaluate", stop_in_the_second_pass)
         with pytest.raises(KeyboardInterrupt):
             microbat.compare(suite, out=tmp_path / "out")
     assert len(runs) == 14 - 3
 
-    runs, rest = spy(monkeypatch, "run"), spy(monkeypatch, "evaluate")
+    runs, rest = spy(monkeypatch, pipeline, "run"), spy(monkeypatch, measure, "evaluate")
     result = microbat.compare(suite, out=tmp_path / "out")
     assert runs == []
     assert [len(models) - 1 for models in rest] == [5, 4]
@@ -196,7 +196,7 @@ def test_another_text_is_measured_anew_without_quantizing_again(content, tmp_pat
     first = microbat.compare(suite, out=out, quick=True)
     other = tmp_path / "other.txt"
     other.write_text(text_file.read_text()[5000:])
-    runs = spy(monkeypatch, "run")
+    runs = spy(monkeypatch, pipeline, "run")
     second = microbat.compare(suite, out=out, quick=True, text=str(other))
     assert runs == []
     assert second["evaluation"]["text"] == "other.txt"
@@ -251,7 +251,7 @@ def test_benchmarks_give_recovery(content, tmp_path, monkeypatch):
         chosen = scores["float" if str(model) == content["model"] else "other"]
         return {task: dict(zip(("score", "stderr"), chosen[task], strict=True)) for task in tasks.names}
 
-    monkeypatch.setattr(pipeline, "task_scores", score)
+    monkeypatch.setattr(measure, "task_scores", score)
     evaluation = {**content["evaluation"], "tasks": ["piqa", "boolq"], "limit": 5}
     suite = save({**content, "evaluation": evaluation}, tmp_path)
     result = microbat.compare(suite, out=tmp_path / "out", quick=True)
@@ -307,7 +307,7 @@ def test_answers_in_the_models_own_words_are_kept_apart_for_each_way_of_drawing_
 
 def test_benchmarks_that_the_float_model_fails_leave_recovery_out(content, tmp_path, monkeypatch):
     scores = {"piqa": {"score": 0.0, "stderr": None}}
-    monkeypatch.setattr(pipeline, "task_scores", lambda model, tasks, *, answers: scores)
+    monkeypatch.setattr(measure, "task_scores", lambda model, tasks, *, answers: scores)
     evaluation = {**content["evaluation"], "tasks": ["piqa"]}
     suite = save({**content, "evaluation": evaluation}, tmp_path)
     done = CliRunner().invoke(app, ["compare", "--suite", str(suite), "--quick", "--out", str(tmp_path / "out")])

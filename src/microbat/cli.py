@@ -134,7 +134,7 @@ def evaluate(
 
     Example: `microbat eval float=Qwen/Qwen3-0.6B mxfp4=qwen-mxfp4 --text wikitext-2-raw`
     """
-    from microbat import pipeline
+    from microbat import measure, pipeline
     from microbat.evaluation.generation import Sampling
     from microbat.recipe import parse_settings
 
@@ -142,12 +142,12 @@ def evaluate(
         named = dict(_named(m) for m in models)
         sampling = Sampling.of(parse_settings(set_ or []))
         if tasks:
-            result = pipeline.evaluate_tasks(
+            result = measure.evaluate_tasks(
                 named, tasks.split(","), data=data, limit=limit, device=device, sampling=sampling, answers=answers
             )
             _print_tasks(result)
         else:
-            result = pipeline.evaluate(named, text=text, window=window, windows=windows, device=device)
+            result = measure.evaluate(named, text=text, window=window, windows=windows, device=device)
             _print_quality(result)
             for path in named.values():
                 pipeline.attach(path, result)
@@ -293,7 +293,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
     """What is in a folder: bits per weight, sizes, formats, transforms with their parameter counts, per-layer errors, and
     the backend that runs each layer on this machine."""
     from microbat.export.folder import read_contract
-    from microbat.pipeline import device_of
+    from microbat.pipeline import pick_device
     from microbat.runtime.packed import best
     from microbat.scheme import formats
 
@@ -314,7 +314,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
         f"quantized layers {size['quantized_layers'] / 1e6:.1f} MB, transforms and clips {size['transforms'] / 1e6:.2f} MB, "
         f"other {size['other'] / 1e6:.1f} MB, total {size['total'] / 1e6:.1f} MB (bfloat16: {size['bf16_total'] / 1e6:.1f} MB)"
     )
-    table, device = Table(), device_of("auto").type
+    table, device = Table(), pick_device("auto").type
     for column in (
         "layer",
         "shape",

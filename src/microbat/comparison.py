@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from microbat import pipeline
+from microbat import measure, pipeline
 from microbat.evaluation.scores import Scores, Tasks, recovered
 from microbat.evaluation.spread import Estimate, estimate, indistinct, overlap
 from microbat.export.folder import write_json
@@ -76,7 +76,7 @@ def _check(suite: Suite, place: Path) -> Tasks:
                 raise ValueError(f"row {cell.label!r}: {error}") from error
         elif json.loads(made.read_text())["recipe"] != to_json(cell.recipe):
             raise ValueError(f"{made.parent} was made by another recipe; remove it or choose another output folder")
-    pipeline.text_windows(suite.model, evaluation.text, evaluation.window, evaluation.windows)
+    measure.text_windows(suite.model, evaluation.text, evaluation.window, evaluation.windows)
     data = Path(evaluation.data) if evaluation.data else None
     return Tasks(names=evaluation.tasks, data=data, limit=evaluation.limit, sampling=evaluation.sampling)
 
@@ -105,10 +105,10 @@ def _measure_quality(suite: Suite, place: Path, cells: Sequence[Cell]) -> None:
     waiting = [cell for cell in cells if _kept(_folder(place, cell), "quality", protocol) is None]
     if not waiting and _kept(place, "quality", protocol) is not None:
         return
-    size = max(1, pipeline.held_together(suite.model) - 1)
+    size = max(1, measure.held_together(suite.model) - 1)
     for start in range(0, max(1, len(waiting)), size):
         group = {cell.name: _folder(place, cell) for cell in waiting[start : start + size]}
-        result = pipeline.evaluate({"float": suite.model, **group}, **on)
+        result = measure.evaluate({"float": suite.model, **group}, **on)
         rows = {row["name"]: row for row in result.pop("rows")}
         for name, folder in group.items():
             _keep(folder, "quality", protocol, rows[name])
@@ -120,7 +120,7 @@ def _measure_tasks(suite: Suite, tasks: Tasks, model: str | Path, place: Path) -
     protocol = {"model": suite.model, **tasks.protocol}
     if tasks.names and _kept(place, "tasks", protocol) is None:
         answers = place / "answers" / _key(tasks.sampling.draws)
-        _keep(place, "tasks", protocol, pipeline.task_scores(model, tasks, answers=answers))
+        _keep(place, "tasks", protocol, measure.task_scores(model, tasks, answers=answers))
 
 
 def _numbers(place: Path) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""The whole job, readable top to bottom: ``quantize`` a model into a folder, ``evaluate`` folders side by side."""
+"""The whole job, readable top to bottom: ``quantize`` a model into a folder, ``load`` it, ``write_report`` of it."""
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -10,8 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,12 +20,6 @@ from torch import Tensor, nn
 from microbat.calibrate import data as calibration_data
 from microbat.calibrate.data import Calibration
 from microbat.calibrate.engine import Job, Precision, Record, calibrate, preflight
-from microbat.evaluation.generation import Sampling, Served
-from microbat.evaluation.quality import compare
-from microbat.evaluation.scores import Scores, Tasks, by_likelihood, recovered
-from microbat.evaluation.text import load_text
-from microbat.evaluation.windows import Windows, tokenize
-from microbat.evaluation.windows import windows as cut_windows
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
 from microbat.methods.base import ModelData, Preparer, Quant
@@ -41,7 +33,6 @@ from microbat.runtime.generate import generate as continuation
 from microbat.runtime.load import load as load_folder
 from microbat.scheme import Scheme
 
-HELD_TOGETHER = 8 << 30  # bytes; models that fit are held together, so that they share the reference's passes
 PICTURED_LAYERS = 3  # worst activations that the report shows, beside the one that every run shows
 RUN_FILE, TOKENS_FILE, ROTATION_FILE = "run.json", "calibration.safetensors", "rotation.safetensors"
 
@@ -53,7 +44,7 @@ def quantize(model: str | Path, *, out: str | Path, **fields: Any) -> Path:
 
 def check(recipe: Recipe) -> Checkpoint:
     """The model of ``recipe``; raises ValueError for whatever is wrong with the request, before anything is computed."""
-    recipe.methods()
+    preparers, _ = recipe.methods()
     scheme = recipe.parsed_scheme()
     calibration_data.check_source(recipe.calibration)
     if scheme.weight is None:
@@ -61,6 +52,14 @@ def check(recipe: Recipe) -> Checkpoint:
     checkpoint = Checkpoint(resolve(recipe.model))
     if checkpoint.quant_method is not None:
         raise ValueError(f"{checkpoint.path} is quantized already ({checkpoint.quant_method}); give the float model")
+    family = checkpoint.family
+    for preparer in preparers:
+        missing = [kind for kind in preparer.needs if not any(getattr(site, kind) for site in family.sites)]
+        if missing:
+            raise ValueError(
+                f"method {preparer.name!r} cannot act on family {family.name!r}: none of its sites is {missing[0]} "
+                "(microbat.models.base.Site). Choose another method, or say so in the family's file if one is."
+            )
     preflight(checkpoint, scheme)
     return checkpoint
 
@@ -81,7 +80,7 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
     preparers, solver = recipe.methods()
     scheme = recipe.parsed_scheme()
     partial = _open_partial(out, recipe, checkpoint)
-    device = device_of(recipe.device)
+    device = pick_device(recipe.device)
     calibration = _calibration(recipe, checkpoint, tokens or partial / TOKENS_FILE, device)
     checkpoint = _rotated(recipe, checkpoint, preparers, scheme, calibration, device, partial)
     job = Job(
@@ -126,7 +125,7 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
 def write_tokens(recipe: Recipe, file: Path) -> None:
     """Make the calibration tokens of ``recipe`` in ``file``, for runs that share them, where it is not there yet."""
     if not file.is_file():
-        _calibration(recipe, Checkpoint(resolve(recipe.model)), file, device_of(recipe.device))
+        _calibration(recipe, Checkpoint(resolve(recipe.model)), file, pick_device(recipe.device))
 
 
 def load(
@@ -159,7 +158,7 @@ def generate(
 
     Raises ValueError for a prompt that is empty or longer than the context, and for a device without enough memory.
     """
-    chosen = device_of(device)
+    chosen = pick_device(device)
     try:
         loaded = load(model, device=chosen)
         return continuation(loaded, tokenizer_of(model), prompt, max_new_tokens=max_new_tokens, show=show)
@@ -174,115 +173,6 @@ def tokenizer_of(model: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(resolve(model))
 
 
-def evaluate(
-    models: Mapping[str, str | Path],
-    *,
-    text: str = "python-docs",
-    window: int = 1024,
-    windows: int = 16,
-    device: str = "auto",
-    reference: str = "float",
-) -> dict[str, Any]:
-    """Perplexity, KL divergence and top-1 agreement of ``models`` (name -> folder or hub name) on one text.
-
-    ``reference`` names the one that the others are compared with; a microbat folder brings its own float model when the
-    reference is not among the models and its recipe says where that is. Plain data, as the report wants it.
-    """
-    models = dict(models)
-    if reference not in models:
-        models = {reference: _float_model(next(iter(models.values()))), **models}
-    chosen = device_of(device)
-    name, cut = text_windows(models[reference], text, window, windows)
-    loaders = {name: partial(load, path, device=chosen) for name, path in models.items()}
-    if sum(_float32_bytes(path) for path in models.values()) < HELD_TOGETHER:
-        candidates: dict[str, Any] = {name: loader() for name, loader in loaders.items()}
-    else:
-        candidates = dict(loaders)
-    return {"text": name, **dataclasses.asdict(compare(candidates, reference, cut))}
-
-
-def text_windows(model: str | Path, text: str, window: int, windows: int) -> tuple[str, Windows]:
-    """The text's full name, and its first ``windows`` windows in the tokens of ``model``."""
-    named = load_text(text)
-    return named.name, cut_windows(tokenize(named.text, tokenizer_of(model)), window=window, limit=windows)
-
-
-def evaluate_tasks(
-    models: Mapping[str, str | Path],
-    tasks: list[str],
-    *,
-    data: Path | None = None,
-    limit: int | None = None,
-    device: str = "auto",
-    reference: str = "float",
-    sampling: Sampling | None = None,
-    answers: Path = Path("microbat-answers"),
-) -> dict[str, Any]:
-    """Benchmarks for each of ``models``, and each one's recovery against ``reference``.
-
-    ``tasks``, ``data``, ``limit`` and ``sampling`` (None: as in the paper) are those of :class:`Tasks`; finished answers
-    are kept below ``answers``. For benchmarks in the model's own words, a model may also be the URL of an
-    OpenAI-compatible server. Recovery is None where it has no meaning: for a served model without a reference, and where
-    the reference scores 0.
-    """
-    served = [name for name, path in models.items() if _is_url(path)]
-    if served and (harness := by_likelihood(tasks)):
-        raise ValueError(
-            f"{', '.join(harness)} need a model's likelihoods: give {served[0]!r} as a folder, not a server"
-        )
-    chosen = Tasks(names=tuple(tasks), data=data, limit=limit, sampling=sampling or Sampling())
-    first = next(iter(models.values()))
-    if reference not in models and not _is_url(first):
-        models = {reference: _float_model(first), **models}
-    scores = {name: task_scores(path, chosen, answers=answers / name, device=device) for name, path in models.items()}
-    base = scores.get(reference, {})
-    rows: dict[str, dict[str, Any]] = {}
-    for name, own in scores.items():
-        value, stderr = recovered(own, base) or (None, None)
-        rows[name] = {"tasks": own, "recovery": value, "recovery_stderr": None if own is base else stderr}
-    return {"reference": reference if base else None, "models": rows}
-
-
-def task_scores(model: str | Path, tasks: Tasks, *, answers: Path, device: str = "auto") -> Scores:
-    """Benchmark -> ``score``, ``stderr`` and all else that was counted, of one model; ``answers`` keeps what it wrote."""
-    if _is_url(model):
-        return tasks.answered(Served(url=str(model), sampling=tasks.sampling), _identity(model), answers)
-    return tasks.scores(load(model, device=device_of(device)), tokenizer_of(model), _identity(model), answers)
-
-
-def held_together(model: str | Path) -> int:
-    """How many models of this size are in memory at once when they are evaluated; they share the reference's passes."""
-    return (HELD_TOGETHER - 1) // _float32_bytes(model)
-
-
-def _is_url(model: str | Path) -> bool:
-    return str(model).startswith(("http://", "https://"))
-
-
-def _identity(model: str | Path) -> str:
-    """What tells a model's answers from those of another: a microbat folder may be written anew at the same place."""
-    if _is_url(model):
-        return f"{Served(url=str(model), sampling=Sampling()).model} at {model}"
-    path = resolve(model).resolve()
-    if not folders.is_microbat_folder(path):
-        return str(path)
-    return f"{path}, recipe {hashlib.sha256((path / 'recipe.json').read_bytes()).hexdigest()[:16]}"
-
-
-def _float32_bytes(model: str | Path) -> int:
-    path = resolve(model)
-    ours = folders.is_microbat_folder(path)
-    checkpoint = Checkpoint(path, index=folders.INDEX) if ours else Checkpoint(path)
-    return 4 * sum(parameter.numel() for parameter in checkpoint.skeleton().parameters())
-
-
-def _float_model(folder: str | Path) -> str:
-    path = resolve(folder)
-    if not folders.is_microbat_folder(path):
-        return str(folder)
-    return json.loads((path / "recipe.json").read_text())["recipe"]["model"]
-
-
 def attach(folder: str | Path, evaluation: dict[str, Any]) -> None:
     """Renew the report of ``folder`` with ``evaluation`` where it is a microbat folder; leave others alone."""
     path = Path(folder)
@@ -291,7 +181,7 @@ def attach(folder: str | Path, evaluation: dict[str, Any]) -> None:
 
 
 def write_report(folder: str | Path, evaluation: dict[str, Any] | None = None) -> Path:
-    """Write ``report.html`` into a microbat folder, with ``evaluation`` (from :func:`evaluate`) kept in report.json."""
+    """Write ``report.html`` into a microbat folder, with ``evaluation`` (from :func:`microbat.evaluate`) kept in report.json."""
     folder = Path(folder)
     folders.read_contract(folder)
     content = json.loads((folder / "report.json").read_text())
@@ -405,7 +295,8 @@ def _rotated(
     return RotatedCheckpoint(checkpoint, Rotation(**load_file(file)))
 
 
-def device_of(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device of this name; ``auto`` is a GPU where torch sees one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():

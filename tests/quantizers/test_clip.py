@@ -6,6 +6,7 @@ import torch
 from microbat.formats.microscaling import MXFP4
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
+from microbat.scheme import formats
 
 QUANTIZER = AbsMax(format=MXFP4, rule="floor")
 
@@ -21,11 +22,15 @@ def test_ratio_one_is_no_clipping():
     assert torch.equal(clip.quantize(x).dequantize(), clip.fake(x))
 
 
-def test_fake_is_quantize_of_the_clipped():
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("name", formats())
+def test_fake_is_quantize_of_the_clipped(name, whole):
     x = data(5, 96)
-    ratios = torch.rand(3, 2, generator=torch.Generator().manual_seed(1))
-    clip = Clip(QUANTIZER, ratios)
-    assert torch.equal(clip.fake(x), QUANTIZER.fake(clip.clip(x)))
+    quantizer = AbsMax(format=formats()[name])
+    blocks = 1 if whole else 96 // quantizer.format.block_of(96)
+    ratios = torch.rand(blocks, 2, generator=torch.Generator().manual_seed(1))
+    clip = Clip(quantizer, ratios, whole=whole)
+    assert torch.equal(clip.fake(x), quantizer.fake(clip.clip(x)))
     assert torch.equal(clip.quantize(x).dequantize(), clip.fake(x))
 
 

@@ -95,16 +95,17 @@ class AbsMax(Quantizer):
         and without a gradient: a buffer used again costs a CPU a third of a fresh one.
         """
         width = x.shape[-1]
-        if not _needs_gradient(x, low, high) and native.available(x) and native.has_rule(self.rule):
+        if native.available(x) and native.has_rule(self.rule) and not _needs_gradient(x, low, high):
             y = torch.empty(x.shape, dtype=_matmul_dtype(x.device)) if out is None else out
-            ratios = None if low is None or high is None else torch.stack((low, high), dim=-1).to(torch.float32)
-            self.native_fake(x, ratios, y)
-            return y
+            if native.available(y):
+                ratios = None if low is None or high is None else torch.stack((low, high), dim=-1).to(torch.float32)
+                self.native_fake(x, ratios, y)
+                return y
         x_GB = split_blocks(x, self.format.block_of(width))
         groups = x_GB.shape[:-1]
         low_G, high_G = (None if r is None else r.expand(groups).reshape(-1) for r in (low, high))
-        outer = self._tensor_scale(x.detach())
         flat = x_GB.reshape(-1, x_GB.shape[-1])
+        outer = self._tensor_scale(flat.detach(), low_G, high_G)
         into = torch.empty_like(flat, dtype=_matmul_dtype(x.device)) if out is None else out.view(flat.shape)
         with torch.set_grad_enabled(torch.is_grad_enabled() and out is None):
             y = kernel.fake_quantize(flat, low_G, high_G, outer, into, format=self.format, rule=self.rule)
@@ -112,17 +113,25 @@ class AbsMax(Quantizer):
 
     def native_fake(self, x: Tensor, ratios: Tensor | None, out: Tensor, map: native.Map | None = None) -> None:
         """:meth:`fake` by the native kernel, after ``map``: write to ``out``. Its ``ratios`` are [G, 2] or x's [..., G, 2]."""
-        if ratios is not None and ratios.dim() > 2:
-            groups = -(-x.shape[-1] // self.format.block_of(x.shape[-1]))
-            ratios = ratios.expand(*x.shape[:-1], groups, 2).reshape(-1, groups, 2)
+        block = self.format.block_of(x.shape[-1])
         rows = x.view(-1, x.shape[-1])
-        outer = self._tensor_scale(x)
+        if ratios is not None and ratios.dim() > 2:
+            groups = -(-x.shape[-1] // block)
+            ratios = ratios.expand(*x.shape[:-1], groups, 2).reshape(-1, groups, 2)
+        low, high = (None, None) if ratios is None else ratios.unbind(-1)
+        outer = self._tensor_scale(split_blocks(rows, block), low, high) if self.format.has_tensor_scale else None
         native.fake_quantize(rows, ratios, outer, out, format=self.format, rule=self.rule, map=map)
 
-    def _tensor_scale(self, x: Tensor) -> Tensor | None:
+    def _tensor_scale(self, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor | None:
+        """The scale of all of ``x``, clipped, where ratios are given for its blocks [..., G, B]."""
         if not self.format.has_tensor_scale:
             return None
-        return kernel.tensor_scale(x.abs().amax().to(torch.float32), self.format)
+        if low is None or high is None:
+            amax = x.abs().amax()
+        else:
+            smallest, largest = kernel.bounds(x.to(torch.float32), low.detach(), high.detach())
+            amax = torch.maximum(-smallest, largest).amax()
+        return kernel.tensor_scale(amax.to(torch.float32), self.format)
 
 
 def _matmul_dtype(device: torch.device) -> torch.dtype:

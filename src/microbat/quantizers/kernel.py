@@ -65,7 +65,8 @@ def _squared_error(x_GB: Tensor, scale_G: Tensor, format: BlockFormat) -> Tensor
     return torch.where(scaled.isfinite().all(-1), error, float("inf")) * scale_G.square()
 
 
-def _bounds(x_GB: Tensor, low_G: Tensor, high_G: Tensor) -> tuple[Tensor, Tensor]:
+def bounds(x_GB: Tensor, low_G: Tensor, high_G: Tensor) -> tuple[Tensor, Tensor]:
+    """What each block is clipped to, [G] each, for shares of its extremes."""
     return low_G * x_GB.amin(-1).clamp(max=0), high_G * x_GB.amax(-1).clamp(min=0)
 
 
@@ -92,7 +93,7 @@ def forward(
     if low_G is None or high_G is None:
         amax_G = x_GB.abs().amax(-1)
     else:
-        low, high = _bounds(x_GB, low_G, high_G)
+        low, high = bounds(x_GB, low_G, high_G)
         x_GB, amax_G = _clip(x_GB, low, high), torch.maximum(high, -low)
     scale = block_scale(x_GB, amax_G, outer, format, rule)
     scale = scale if outer is None else scale * outer
