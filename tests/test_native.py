@@ -42,7 +42,7 @@ def test_fake_quantization_bit_for_bit(format, rule, width, monkeypatch):
     groups = -(-width // format.block_of(width))
     quantizer = AbsMax(format=format, rule=rule)
     shares = torch.rand(37, groups, 2, generator=generator(2)) / 2 + 0.5
-    for quantize in (quantizer, Clip(quantizer, shares[0]), Clip(quantizer, shares)):
+    for quantize in (quantizer, *(Clip(quantizer, s) for s in (shares[0], shares, shares[0, :1], shares[:, :1]))):
         ours = quantize.fake(x), quantize.fake(x.to(torch.bfloat16))
         with monkeypatch.context() as patch:
             patch.setattr(base.native, "available", lambda *tensors: False)
@@ -122,3 +122,6 @@ def test_what_the_kernels_do_not_take():
     assert not native.available(x.double())
     assert not native.available(x[:0])
     assert not native.has_rule("mse")
+    out = torch.empty(4, 64, dtype=torch.float16)
+    quantizer = AbsMax(format=formats()["mxfp4"])
+    assert torch.equal(quantizer.fake(x, out=out), quantizer.fake(x).to(torch.float16))

@@ -114,7 +114,7 @@ def fake_quantize(
 ) -> None:
     """Write the values of ``x`` [T, K] after map, clip, scale and rounding to ``out``, rounded to its dtype.
 
-    ``ratios`` float32 [G, 2], or [T, G, 2], contiguous; None for no clipping.
+    ``ratios`` float32 [1 or T, G, 2], contiguous; None for no clipping.
     """
     _quantize(x, ratios, outer, format, rule, map, out, None, None)
 
@@ -165,7 +165,7 @@ def _quantize(
     codes: Tensor | None,
     scales: Tensor | None,
 ) -> None:
-    shared = ratios is None or ratios.dim() == 2
+    shared = ratios is None or ratios.shape[0] == 1
     library().microbat_quantize(  # type: ignore[union-attr]
         x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, byref(map.struct if map else _NO_MAP),
         _pointer(ratios), 0 if shared else ratios.stride(0),  # type: ignore[union-attr]

@@ -98,7 +98,7 @@ class AbsMax(Quantizer):
         if native.available(x) and native.has_rule(self.rule) and not _needs_gradient(x, low, high):
             y = torch.empty(x.shape, dtype=_matmul_dtype(x.device)) if out is None else out
             if native.available(y):
-                ratios = None if low is None or high is None else torch.stack((low, high), dim=-1).to(torch.float32)
+                ratios = None if low is None or high is None else torch.stack((low, high), dim=-1)
                 self.native_fake(x, ratios, y)
                 return y
         x_GB = split_blocks(x, self.format.block_of(width))
@@ -112,13 +112,14 @@ class AbsMax(Quantizer):
         return join_blocks(y.unflatten(0, groups), width) if out is None else out
 
     def native_fake(self, x: Tensor, ratios: Tensor | None, out: Tensor, map: native.Map | None = None) -> None:
-        """:meth:`fake` by the native kernel, after ``map``: write to ``out``. Its ``ratios`` are [G, 2] or x's [..., G, 2]."""
+        """:meth:`fake` by the native kernel, after ``map``: write to ``out``. Its ``ratios`` [..., 2] broadcast to the blocks."""
         block = self.format.block_of(x.shape[-1])
-        rows = x.view(-1, x.shape[-1])
-        if ratios is not None and ratios.dim() > 2:
-            groups = -(-x.shape[-1] // block)
-            ratios = ratios.expand(*x.shape[:-1], groups, 2).reshape(-1, groups, 2)
-        low, high = (None, None) if ratios is None else ratios.unbind(-1)
+        rows, groups = x.view(-1, x.shape[-1]), -(-x.shape[-1] // block)
+        low = high = None
+        if ratios is not None:
+            leading = x.shape[:-1] if ratios.dim() > 2 else ()
+            ratios = ratios.to(torch.float32).expand(*leading, groups, 2).reshape(-1, groups, 2).contiguous()
+            low, high = ratios.unbind(-1)
         outer = self._tensor_scale(split_blocks(rows, block), low, high) if self.format.has_tensor_scale else None
         native.fake_quantize(rows, ratios, outer, out, format=self.format, rule=self.rule, map=map)
 
