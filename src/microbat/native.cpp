@@ -42,7 +42,7 @@
 
 namespace {
 
-enum ScaleKind : int32_t { E8M0 = 0, E4M3 = 1, BF16 = 2, FP32 = 3 };
+enum ScaleKind : int32_t { E8M0 = 0, E4M3 = 1, BF16 = 2, FP32 = 3, NONE = 4 };
 enum Rule : int32_t { FLOOR = 0, EVEN = 1, RCEIL = 2, CEIL = 3, ABSMAX = 4 };
 
 constexpr uint32_t EXPONENT = 0x7F800000, MAGNITUDE = 0x7FFFFFFF;
@@ -279,7 +279,9 @@ INLINE uint32_t encode(float value, const Format& f) {
     return code | sign << (f.bits - 1);
 }
 
-INLINE int64_t packed_bytes(int64_t n, int bits) { return bits == 8 ? n : bits == 4 ? (n + 1) / 2 : (n + 3) / 4 * 3; }
+INLINE int64_t packed_bytes(int64_t n, int bits) {
+    return bits == 6 ? (n + 3) / 4 * 3 : bits == 4 ? (n + 1) / 2 : n * bits / 8;
+}
 
 INLINE void pack_codes(const uint8_t* codes, int64_t n, int bits, uint8_t* out) {
     auto at = [&](int64_t i) { return i < n ? uint32_t(codes[i]) : 0u; };
@@ -310,7 +312,7 @@ INLINE void unpack_codes(const uint8_t* in, int64_t n, int bits, uint8_t* codes)
     }
 }
 
-INLINE int scale_bytes(int32_t kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
+INLINE int scale_bytes(int32_t kind) { return kind == NONE ? 0 : kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
 
 INLINE void store_scale(uint8_t* to, int64_t g, float scale, const Format& f) {
     uint32_t u = bits_of(scale);
@@ -585,6 +587,7 @@ VECTORIZED void product_portable(const float* x, int64_t tokens, int64_t width, 
 // A chunk is 64 bytes of codes; x lies in the order in which a chunk's codes come out of it.
 
 constexpr int MAX_PLANES = 4;
+constexpr int PREFETCH = 4096;  // bytes ahead: the processor's own prefetching stops at the end of a page
 
 struct Planes {  // [plane][chunk][vector][32] in the order of the chunk
     std::vector<uint16_t> values;
@@ -595,6 +598,7 @@ struct Planes {  // [plane][chunk][vector][32] in the order of the chunk
 // Where number i of a chunk stands: vector and word within it.
 inline int64_t place(int bits, int i) {
     if (bits == 4) return i % 4 * 32 + i / 4;  // nibble i % 4 of word i / 4
+    if (bits == 16) return i;
     const int lane = i / 16, in_lane = i % 16;  // unpacking bytes to words works within 128 bits
     return in_lane / 8 * 32 + lane * 8 + in_lane % 8;
 }
@@ -667,6 +671,12 @@ struct Codes8 {
     }
 };
 
+struct Numbers16 {  // BF16 already
+    static constexpr int BITS = 16, VECTORS = 1;
+    AVX512 explicit Numbers16(const Format&) {}
+    AVX512 INLINE void decode(__m512i bytes, __m512bh out[VECTORS]) const { out[0] = (__m512bh)bytes; }
+};
+
 // The scales of a chunk's 16 lanes, from 16 / GROUP stored ones; GROUP lanes share one.
 template <int GROUP>
 struct ScalesE8M0 {
@@ -728,6 +738,11 @@ struct ScaleOfRow {
     AVX512 INLINE __m512 load(const uint8_t* scales) const { return _mm512_set1_ps(load_scale(scales, 0, FP32)); }
 };
 
+struct NoScale {
+    static constexpr int BYTES = 0;
+    AVX512 INLINE __m512 load(const uint8_t*) const { return _mm512_set1_ps(1.0f); }
+};
+
 template <int PLANES, class Codes, class Scales>
 AVX512 INLINE void add_chunk(const uint16_t* x, int64_t plane_size, __m512i bytes, const uint8_t* scales,
                              const Codes& decoder, const Scales& scaler, __m512 total[PLANES]) {
@@ -742,56 +757,33 @@ AVX512 INLINE void add_chunk(const uint16_t* x, int64_t plane_size, __m512i byte
     }
 }
 
-template <int PLANES, int ROWS, class Codes, class Scales>
-AVX512 INLINE void product_rows(const Planes& p, int64_t plane, const uint8_t* codes, int64_t row_bytes,
-                                const uint8_t* scales, int64_t row_scales, const Codes& decoder, const Scales& scaler,
-                                float sums[ROWS][PLANES]) {
-    __m512 total[ROWS][PLANES];
-    for (int r = 0; r < ROWS; ++r)
-        for (int j = 0; j < PLANES; ++j) total[r][j] = _mm512_setzero_ps();
-    const uint16_t* x = p.values.data() + plane * p.size;
-    int64_t at = 0, g = 0;
-    for (; at + 64 <= row_bytes; at += 64, g += Scales::BYTES, x += 512 / Codes::BITS)
-        for (int r = 0; r < ROWS; ++r) {
-            const uint8_t* from = codes + r * row_bytes + at;
-            _mm_prefetch(reinterpret_cast<const char*>(from + ROWS * row_bytes), _MM_HINT_T0);  // the next rows
-            add_chunk<PLANES>(x, p.size, _mm512_loadu_si512(from), scales + r * row_scales + g, decoder, scaler, total[r]);
-        }
-    if (at < row_bytes)
-        for (int r = 0; r < ROWS; ++r) {
-            const __mmask64 inside = ~0ull >> (64 - (row_bytes - at));
-            const __m512i bytes = _mm512_maskz_loadu_epi8(inside, codes + r * row_bytes + at);
-            uint8_t rest[16] = {};  // the scales of the lanes beyond the row are zero, as their x is
-            std::memcpy(rest, scales + r * row_scales + g, size_t(row_scales - g));
-            add_chunk<PLANES>(x, p.size, bytes, rest, decoder, scaler, total[r]);
-        }
-    for (int r = 0; r < ROWS; ++r)
-        for (int j = 0; j < PLANES; ++j) sums[r][j] = _mm512_reduce_add_ps(total[r][j]);
-}
-
+// One row of the weight after the other, so that memory is read in one stream: several at once are a third slower.
 template <int PLANES, class Codes, class Scales>
 AVX512 void product_planes(const Planes& p, int64_t plane, int64_t width, const uint8_t* codes, const uint8_t* scales,
                            int64_t first, int64_t end, int64_t num_rows, float outer, const Format& f,
                            const Codes& decoder, const Scales& scaler, float* out) {
-    constexpr int ROWS = PLANES <= 2 ? 4 : 2;
     const int64_t row_bytes = packed_bytes(width, f.bits);
     const int64_t groups = f.block ? (width + f.block - 1) / f.block : 1;
     const int64_t row_scales = groups * scale_bytes(f.scale);
-    auto add = [&](int64_t n, const float* sums) {
-        for (int j = 0; j < PLANES; ++j) out[p.token[size_t(plane + j)] * num_rows + n] += sums[j] * outer;
-    };
-    int64_t n = first;
-    for (; n + ROWS <= end; n += ROWS) {
-        float sums[ROWS][PLANES];
-        product_rows<PLANES, ROWS>(p, plane, codes + n * row_bytes, row_bytes, scales + n * row_scales, row_scales,
-                                   decoder, scaler, sums);
-        for (int r = 0; r < ROWS; ++r) add(n + r, sums[r]);
-    }
-    for (; n < end; ++n) {
-        float sums[1][PLANES];
-        product_rows<PLANES, 1>(p, plane, codes + n * row_bytes, row_bytes, scales + n * row_scales, row_scales, decoder,
-                                scaler, sums);
-        add(n, sums[0]);
+    for (int64_t n = first; n < end; ++n) {
+        const uint16_t* x = p.values.data() + plane * p.size;
+        const uint8_t *from = codes + n * row_bytes, *scale = scales + n * row_scales;
+        __m512 total[PLANES];
+        for (int j = 0; j < PLANES; ++j) total[j] = _mm512_setzero_ps();
+        int64_t left = row_bytes, scales_left = row_scales;
+        for (; left >= 64; left -= 64, from += 64, x += 512 / Codes::BITS) {
+            _mm_prefetch(reinterpret_cast<const char*>(from + PREFETCH), _MM_HINT_T0);
+            add_chunk<PLANES>(x, p.size, _mm512_loadu_si512(from), scale, decoder, scaler, total);
+            scale += Scales::BYTES, scales_left -= Scales::BYTES;
+        }
+        if (left > 0) {
+            const __m512i bytes = _mm512_maskz_loadu_epi8(~0ull >> (64 - left), from);
+            uint8_t rest[16] = {};  // the scales of the lanes beyond the row are zero, as their x is
+            std::copy(scale, scale + scales_left, rest);
+            add_chunk<PLANES>(x, p.size, bytes, rest, decoder, scaler, total);
+        }
+        for (int j = 0; j < PLANES; ++j)
+            out[p.token[size_t(plane + j)] * num_rows + n] += _mm512_reduce_add_ps(total[j]) * outer;
     }
 }
 
@@ -822,6 +814,7 @@ Product product_for(const Format& f) {
     if (f.bits == 4 && f.scale == E4M3 && f.block == 16) return product_avx512<Codes4, ScalesE4M3<2>>;
     if (f.bits == 4 && f.scale == BF16 && f.block == 32) return product_avx512<Codes4, ScalesBF16>;
     if (f.bits == 8 && f.scale == E8M0 && f.block == 32) return product_avx512<Codes8, ScalesE8M0<8>>;
+    if (f.bits == 16) return product_avx512<Numbers16, NoScale>;
     if (f.bits == 8 && f.scale == FP32 && f.block == 0) return product_avx512<Codes8, ScaleOfRow>;
     return nullptr;
 }
@@ -864,7 +857,8 @@ void microbat_dequantize(const uint8_t* codes, const uint8_t* scales, int64_t ro
     });
 }
 
-// out [tokens, num_rows] = x [tokens, width] float32 times the packed weight [num_rows, width], transposed.
+// out [tokens, num_rows] = x [tokens, width] float32 times the packed weight [num_rows, width], transposed. 16 bits are
+// BF16 numbers without scales, where the processor has instructions for them.
 void microbat_product(const float* x, int64_t tokens, int64_t width, const uint8_t* codes, const uint8_t* scales,
                       int64_t num_rows, float outer, const Format* format, float* out, int threads) {
     const Format& f = *format;

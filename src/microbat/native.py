@@ -47,6 +47,7 @@ class _Map(Structure):
 
 
 _NO_MAP = _Map()
+_BFLOAT16 = _Format(bits=16, scale=4)  # numbers, no codes: neither table nor scales
 
 
 @functools.cache
@@ -150,6 +151,21 @@ def product(x: Tensor, codes: Tensor, scales: Tensor, outer: float, *, format: B
     library().microbat_product(  # type: ignore[union-attr]
         x.data_ptr(), *x.shape, codes.data_ptr(), scales.data_ptr(), codes.shape[0], outer,
         byref(_format(format, "")), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def has_bfloat16_product() -> bool:
+    """Whether this processor multiplies BF16 numbers, and the kernels are there to do it."""
+    return library() is not None and bool(library().microbat_has_product(byref(_BFLOAT16)))  # type: ignore[union-attr]
+
+
+def bfloat16_product(x: Tensor, weight: Tensor) -> Tensor:
+    """float32 [T, N]: ``x`` [T, K] float32 times a BF16 weight [N, K], transposed."""
+    out = torch.empty(x.shape[0], weight.shape[0])
+    library().microbat_product(  # type: ignore[union-attr]
+        x.data_ptr(), *x.shape, weight.data_ptr(), None, weight.shape[0], 1.0,
+        byref(_BFLOAT16), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
 from microbat import native
 from microbat.linear import SiteInput
 from microbat.quantizers.base import AbsMax
 from microbat.runtime import packed, reference
-from microbat.runtime.packed import PackedLinear
+from microbat.runtime.packed import Head, PackedLinear
 from microbat.scheme import formats
 
 N, K = 42, 288  # no multiple of a kernel's chunk
@@ -95,3 +96,14 @@ def test_the_portable_product(monkeypatch):
     x = inputs(3)[0]
     y = native.product(x, codes, scales, 1.0, format=format)
     assert ((y - reference.product(x, weight)).abs() <= reference.bound(x, weight)).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_computes_what_it_did(dtype, tokens):
+    linear = nn.Linear(K - 5, N, bias=False).to(dtype).requires_grad_(False)
+    x = torch.randn(1, tokens, K - 5, generator=torch.Generator().manual_seed(2)).to(dtype)
+    y = Head(linear)(x)
+    exact, size = (f(x.double()) @ f(linear.weight.double()).T for f in (torch.clone, torch.abs))
+    assert y.dtype == dtype
+    assert ((y - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + K * 2.0**-24 * size).all()

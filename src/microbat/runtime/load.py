@@ -9,7 +9,7 @@ from torch import nn
 from microbat.export.folder import INDEX, OTHER_SHARD, block_shard, is_quantizers, read_block, read_contract
 from microbat.linear import install
 from microbat.models.base import Checkpoint
-from microbat.runtime.packed import PackedLinear
+from microbat.runtime.packed import Head, PackedLinear
 
 
 def load(
@@ -45,5 +45,6 @@ def load(
         raise ValueError(f"{folder} lacks {OTHER_SHARD}")
     checkpoint.load_into(model.get_submodule(family.embedding), family.embedding, dtype)
     checkpoint.load_head(model, dtype)
+    model.set_submodule(family.head, Head(model.get_submodule(family.head)))
     model.generation_config = checkpoint.generation_config
     return model.to(device).requires_grad_(False)

@@ -33,6 +33,7 @@ from microbat.registry import unknown
 
 NATIVE_TOKENS = 32  # where decoding once for a product of its own begins to win
 PORTABLE_TOKENS = 8  # the same, for formats and processors that the native product has no instructions for
+BFLOAT16_TOKENS = 8  # where torch's own product of a BF16 weight is as fast
 TILE_BYTES = 4 << 20
 
 
@@ -89,6 +90,22 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format.name}, backend={self.backend}"
+
+
+class Head(nn.Module):
+    """A linear layer that stays in floats, ``weight`` [N, K]: one token meets a BF16 weight in the native kernel, which
+    reads memory as fast as it comes; torch's own product does not. Its sums are float32, rounded to BF16 at the end."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = x.numel() <= BFLOAT16_TOKENS * x.shape[-1] and self.weight.dtype == x.dtype == torch.bfloat16
+        if few and native.available(x, self.weight) and native.has_bfloat16_product() and self.bias is None:
+            y = native.bfloat16_product(x.reshape(-1, x.shape[-1]).to(torch.float32), self.weight)
+            return y.view(*x.shape[:-1], -1).to(x.dtype)
+        return nn.functional.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True, kw_only=True)
