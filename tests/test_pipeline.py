@@ -151,14 +151,6 @@ def test_size_is_close_to_the_formats_bits(tiny, text_file, tmp_path):
     assert stored < content["bytes"]["quantized_layers"] + content["bytes"]["transforms"] + 20_000  # norms and headers
 
 
-def test_other_readers_do_not_take_the_folder_for_a_float_model(tiny, text_file, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    out = microbat.quantize(tiny(), out=tmp_path / "q", method="rtn", calibration=str(text_file), **FAST)
-    with pytest.raises((OSError, ValueError)):
-        AutoModelForCausalLM.from_pretrained(out)
-
-
 class TestBadInput:
     def fails(self, match: str, tiny, tmp_path, **options):
         with pytest.raises(ValueError, match=match):

@@ -10,6 +10,10 @@ table = microbat.compare("suites/small.yaml", out="comparison")
 import importlib
 from typing import Any
 
+from microbat.announce import announce
+
+announce()  # AutoModelForCausalLM.from_pretrained(folder) works from here on
+
 _WHERE = {
     "QuantizedCache": "microbat.runtime.cache",
     "Recipe": "microbat.recipe",

@@ -23,6 +23,13 @@ console = Console()
 NAMES = {"perplexity": "perplexity", "ratio": "times float", "kl": "KL (nats)", "recovery": "recovery %"}
 
 
+class Layout(StrEnum):
+    """What ``microbat export`` writes."""
+
+    compressed_tensors = "compressed-tensors"
+    gguf = "gguf"
+
+
 class Listed(StrEnum):
     """What ``microbat list`` lists."""
 
@@ -68,6 +75,9 @@ def quantize(
     recipe: Annotated[
         Path | None, typer.Option(help="A recipe.json of an earlier run, or your YAML; options are then taken from it.")
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop where the table of layers has a surprise in it.")
+    ] = False,
 ) -> None:
     """Quantize a model into a folder. An interrupted run goes on where it stopped when the same command runs again.
 
@@ -98,10 +108,89 @@ def quantize(
                 precision=precision,
                 device=device,
             )
+        _print_coverage(pipeline.coverage(chosen), strict)
         folder = pipeline.run(chosen, out)
         page = pipeline.write_report(folder)
     content = json.loads((folder / "report.json").read_text())
     console.print(f"{folder}: {content['bits_per_weight']:.3f} bits per weight, report {page}", soft_wrap=True)
+
+
+def _print_coverage(rows: list[Any], strict: bool) -> None:
+    """What will be quantized and what not, before any work; ValueError for a surprise when ``strict``."""
+    from microbat.calibrate.coverage import summarized
+
+    table = Table(title="what will be quantized")
+    for column in ("layers", "how many", "shape", "weights", "activations", ""):
+        table.add_column(column, justify="right" if column == "how many" else "left", no_wrap=column == "layers")
+    for row, count in summarized(rows):
+        formats = ("float", "") if row.weights is None else (row.weights, row.activations or "16 bits")
+        shape = "x".join(map(str, row.shape))
+        table.add_row(Text(row.layer), str(count), shape, *formats, row.reason, style="yellow" if row.surprise else "")
+    console.print(table)
+    surprises = [row for row in rows if row.surprise]
+    if strict and surprises:
+        raise ValueError(
+            f"--strict: {surprises[0].layer}: {surprises[0].reason}"
+            + (f", and {len(surprises) - 1} more surprises" if surprises[1:] else "")
+            + "; to leave a layer in float on purpose, --ignore it"
+        )
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A microbat folder.")],
+    out: Annotated[Path, typer.Option(help="The folder (gguf: the file) to write; must not exist.")],
+    target: Annotated[
+        str, typer.Option(help="Who will load it: transformers, vllm, vllm-hopper, vllm-blackwell, llama.cpp.")
+    ],
+    format: Annotated[Layout, typer.Option(help="The layout.")] = Layout.compressed_tensors,
+) -> None:
+    """Write a folder in another layout, its bits unchanged. What the target would drop or compute otherwise is refused.
+
+    Example: `microbat export qwen-mxfp4 --target transformers --out qwen-mxfp4-ct`
+    """
+    from microbat.export import compressed_tensors, gguf
+
+    exporter = {Layout.compressed_tensors: compressed_tensors, Layout.gguf: gguf}[format]
+    with _errors():
+        written = exporter.export(folder, out, target=target)
+    console.print(f"{written}: {format.value} for {target}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A microbat folder, or what `microbat export` wrote.")],
+    engine: Annotated[str, typer.Option(help="microbat, transformers, llama.cpp; empty: the folder's own.")] = "",
+) -> None:
+    """Compare a folder's codes, bit for bit, and an engine's logits with the calibrated model; exit status 1 if they differ.
+
+    Example: `microbat verify qwen-mxfp4-ct --engine transformers`
+    """
+    from microbat.verify import Altered, verify
+
+    with _errors():
+        try:
+            verdict = verify(folder, engine=engine)
+        except Altered as error:
+            Console(stderr=True).print(f"[bold red]FAILED:[/] {error}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+    console.print(f"codes of {verdict.layers} linear layers: equal, bit for bit", highlight=False)
+    if verdict.error is not None:
+        console.print(
+            f"their outputs in {verdict.engine}, on equal inputs: at most {verdict.error:.1e} off ({verdict.worst}), "
+            f"bound {verdict.error_bound:.1e}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(
+        f"logits of {verdict.tokens} tokens: {verdict.divergence:.1e} nats from the calibrated model, "
+        f"bound {verdict.divergence_bound:.1e}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print("[bold green]passed[/]" if verdict.passed else "[bold red]FAILED[/]")
+    if not verdict.passed:
+        raise typer.Exit(1)
 
 
 @app.command("eval")

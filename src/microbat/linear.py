@@ -133,9 +133,11 @@ class QuantBlock:
 Linear = Callable[[SiteInput, QTensor, Tensor | None], nn.Module]
 
 
-def dequantized(site: SiteInput, weight: QTensor, bias: Tensor | None) -> QuantLinear:
+def dequantized(
+    site: SiteInput, weight: QTensor, bias: Tensor | None, *, dtype: torch.dtype = torch.float32
+) -> QuantLinear:
     """The layer that calibration runs: its weight as floats."""
-    return QuantLinear(site, weight.dequantize(), bias)
+    return QuantLinear(site, weight.dequantize().to(dtype), bias)
 
 
 def install(block: nn.Module, quantized: QuantBlock, linear: Linear = dequantized) -> None:

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microbat.calibrate import coverage as calibration_coverage
 from microbat.calibrate import data as calibration_data
+from microbat.calibrate.coverage import Covered
 from microbat.calibrate.data import Calibration
 from microbat.calibrate.engine import Job, Precision, Record, calibrate, preflight
 from microbat.export import folder as folders
@@ -62,6 +64,11 @@ def check(recipe: Recipe) -> Checkpoint:
             )
     preflight(checkpoint, scheme)
     return checkpoint
+
+
+def coverage(recipe: Recipe) -> list[Covered]:
+    """What ``recipe`` will quantize, layer by layer, and why not the rest; raises as :func:`check` does."""
+    return calibration_coverage.coverage(check(recipe), recipe.parsed_scheme())
 
 
 def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: str = "") -> Path:
@@ -209,6 +216,9 @@ class _FolderKeeper:
         folders.write_json(self._record(index), dataclasses.asdict(record))
         path = self.partial / folders.block_shard(index)
         folders.write_block(path, record.name, block, folders.float_tensors(module))
+
+    def finish(self, tokens: Tensor, outputs: Tensor) -> None:
+        folders.write_proof(self.partial / folders.PROOF, tokens, outputs)
 
     def record_files(self) -> list[Path]:
         return sorted(self.partial.glob("record-*.json"))

@@ -23,6 +23,9 @@ class Memory:
     def save(self, index, block, module, record):
         self.blocks[index] = block
 
+    def finish(self, tokens, outputs):
+        pass
+
 
 def quantize(path, preparers, solver=None, scheme="W4A4", rule="floor"):
     tokens = torch.randint(2, 90, (16, 32), generator=torch.Generator().manual_seed(5))

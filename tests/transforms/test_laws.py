@@ -27,7 +27,6 @@ KINDS = [
 WIDE = [
     Kronecker(width=96, left=8),
     Kronecker(width=96, left=1),
-    Kronecker(width=60, left=6, scale=torch.rand(60) + 0.5),
 ]
 
 

@@ -65,6 +65,9 @@ class Keeper(Protocol):
 
     def save(self, index: int, block: QuantBlock, module: nn.Module, record: Record) -> None: ...
 
+    def finish(self, tokens: Tensor, outputs: Tensor) -> None:
+        """``outputs`` [S, L, K] is what the last quantized block made of ``tokens`` [S, L]."""
+
 
 Observer = Callable[[str, Tensor, Tensor, Quant], dict[str, Any]]
 Progress = Callable[[int, float, float], None]
@@ -179,6 +182,7 @@ def calibrate(job: Job, keeper: Keeper, observe: Observer, progress: Progress) -
         blocks[index] = nn.Identity()  # its memory goes; the keeper has what it needs
         progress(index, 1.0, record.error)
         yield record
+    keeper.finish(job.tokens, quantized)
 
 
 def _quantize_block(job: Job, data: _Data, name: str, observe: Observer) -> tuple[QuantBlock, Record]:

@@ -30,6 +30,17 @@ class FakeLinear(nn.Module):
         return nn.functional.linear(x, weight, self.bias)
 
 
+class Scaled(nn.Module):
+    """A module whose output's channels are multiplied by ``scale`` [K]."""
+
+    def __init__(self, module: nn.Module, scale: Tensor):
+        super().__init__()
+        self.module, self.scale = module, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x) * self.scale
+
+
 def transformed(weight: Tensor, transform: Transform | None) -> Tensor:
     """``weight`` [N, K] in the basis of the transformed activation."""
     return weight if transform is None else transform.inverse_t(weight)
@@ -40,12 +51,17 @@ def faked(block: nn.Module, plan: Plan, weights: dict[str, Tensor]) -> Iterator[
     """``block`` with the linear layers of ``plan`` swapped for :class:`FakeLinear`; put back at the end."""
     originals = {path: block.get_submodule(path) for site in plan.sites for path in site.weights}
     biases = {path: linear.bias for path, linear in originals.items()}
-    weights, biases = plan.map_values(weights, biases)
+    weights, biases = plan.folded(weights, biases)
     for site in plan.sites:
         site_input = SiteInput(site.transform, site.activation, num_consumers=len(site.weights))
         for path, quantizer in site.weights.items():
             fake = FakeLinear(site_input, weights[path], biases[path], quantizer)
             block.set_submodule(path, fake)
+    for site in plan.sites:
+        producer = site.site.producer
+        if site.scale is not None and producer not in originals:
+            originals[producer] = block.get_submodule(producer)
+            block.set_submodule(producer, Scaled(originals[producer], site.scale))
     attention = block.get_submodule(plan.attention)
     attention.kv = plan.kv
     try:

@@ -7,17 +7,20 @@
     microbat-block-000.safetensors ...      one shard a block: codes, scales, transforms, clip ratios, norms, biases
     microbat-other.safetensors              embedding, final norm, head
     recipe.json report.json                 how it was made, what it cost
+    proof.safetensors                       tokens, and what the calibrated model's last block made of them
     tokenizer files, generation_config.json as the model had them
 
 Names inside a shard: ``<layer>.weight_packed`` / ``.weight`` and ``<layer>.weight_scale`` as in compressed-tensors
 (:mod:`microbat.formats.packing`); ``<block>.sites.<site>.transform.<parameter>`` and ``<block>.sites.<site>.clip`` [G, 2]
 for what compressed-tensors cannot express. A shard's metadata says which site has which transform, so that it can be
-read alone. While a run goes on its shards lie in ``<folder>.partial`` and become the folder by one rename at the end.
+read alone, and the digest of each of its tensors, so that what was altered is refused by name. While a run goes on its
+shards lie in ``<folder>.partial`` and become the folder by one rename at the end.
 """
 
 # Shapes: N out, K in, G blocks along K.
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -26,10 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from microbat.formats.block import BlockFormat
-from microbat.formats.packing import pack, unpack
+from microbat.formats.packing import check, pack, unpack
 from microbat.kv import KVQuantizer
 from microbat.linear import QuantBlock, QuantSite
 from microbat.models.base import Checkpoint
@@ -42,6 +46,8 @@ QUANT_METHOD = "microbat"
 SCHEMA_VERSION = 1
 INDEX = "microbat.safetensors.index.json"
 OTHER_SHARD = "microbat-other.safetensors"
+PROOF = "proof.safetensors"
+PROOF_TOKENS = 64
 COPIED = (
     "tokenizer*",
     "vocab*",
@@ -101,7 +107,7 @@ def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tens
         if kv.transform is not None:
             description["kv"]["transform"] = {"name": kv.transform.name, **kv.transform.settings()}
             tensors |= {f"{prefix}.transform.{key}": t for key, t in kv.transform.state_dict().items()}
-    _write_shard(path, tensors, {"microbat": json.dumps(description)})
+    _write_shard(path, tensors, description)
 
 
 def _describe(quantizer: AbsMax | Clip) -> dict[str, Any]:
@@ -111,24 +117,46 @@ def _describe(quantizer: AbsMax | Clip) -> dict[str, Any]:
 
 
 def read_block(path: Path) -> StoredBlock:
-    """The block in one shard, alone."""
-    from safetensors import safe_open
+    """The block in one shard, alone.
 
-    with _reading(path), safe_open(path, framework="pt") as file:
-        description = json.loads(file.metadata()["microbat"])
-        prefix = description["name"] + "."
-        tensors = {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    Raises ValueError, with the shard's and the tensor's name, for a tensor that is missing, altered, of another shape
+    than the shard says, or holds codes or scales that mean no number.
+    """
+    description, tensors = read_shard(path)
+    with _reading(path):
+        return _block_of(description, tensors, path)
+
+
+def _block_of(description: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> StoredBlock:
+    prefix = description["name"] + "."
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     formats, sites, weights = instances("microbat.formats", BlockFormat), [], {}
     for entry in description["sites"]:
         for layer, stored in entry["weights"].items():
             parts = {k: tensors.pop(f"{layer}.{k}") for k in PACKED if f"{layer}.{k}" in tensors}
-            weights[layer] = unpack(parts, pick("format", stored["format"], formats), stored["shape"][-1])
+            format = pick("format", stored["format"], formats)
+            try:
+                weights[layer] = unpack(parts, format, stored["shape"][-1])
+                check(weights[layer], tuple(stored["shape"]))
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"shard {path}: {prefix}{layer} does not hold {format.name} codes ({error})"
+                ) from error
         sites.append(_read_site(entry, tensors, formats))
     quantized = QuantBlock(sites=tuple(sites), weights=weights)
     if "kv" in description:
         kv = _read_kv(description["kv"], tensors, formats)
         quantized = dataclasses.replace(quantized, kv=kv, attention=description["kv"]["attention"])
     return StoredBlock(quantized=quantized, floats=tensors)
+
+
+def quantized_layers(path: Path) -> list[str]:
+    """Paths, inside its block, of the linear layers whose codes a shard holds; no tensor is read."""
+    from safetensors import safe_open
+
+    with _reading(path), safe_open(path, framework="pt") as file:
+        description = json.loads(file.metadata()["microbat"])
+    return [layer for entry in description["sites"] for layer in entry["weights"]]
 
 
 PACKED = ("weight_packed", "weight", "weight_scale", "weight_global_scale", "weight_tensor_scale")
@@ -180,7 +208,20 @@ def is_quantizers(key: str) -> bool:
 
 def write_other(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write the shard of everything outside the blocks."""
-    _write_shard(path, tensors, None)
+    _write_shard(path, tensors, {})
+
+
+def write_proof(path: Path, tokens: Tensor, outputs: Tensor) -> None:
+    """Keep what the calibrated model's last block made [1, L, K] of ``tokens`` [1, L], for :mod:`microbat.verify`."""
+    _write_shard(path, {"tokens": tokens[:1, :PROOF_TOKENS], "outputs": outputs[:1, :PROOF_TOKENS]}, {})
+
+
+def read_proof(folder: Path) -> tuple[Tensor, Tensor] | None:
+    """Tokens int64 [1, L] and the last block's outputs float32 [1, L, K]; None for a folder from before proofs."""
+    if not (folder / PROOF).is_file():
+        return None
+    _, tensors = read_shard(folder / PROOF)
+    return tensors["tokens"], tensors["outputs"]
 
 
 def finish(
@@ -215,17 +256,55 @@ def finish(
 
 def read_contract(folder: Path) -> dict[str, Any]:
     """The ``quantization_config`` of a folder, checked: ours, of a schema that this version reads, complete."""
+    contract = _read_config(folder).get("quantization_config", {})
+    if contract.get("quant_method") != QUANT_METHOD:
+        raise ValueError(f"{folder} is not a microbat folder (quant_method is {contract.get('quant_method')!r})")
+    check_contract(contract, folder / "config.json")
+    return contract
+
+
+def check_contract(contract: dict[str, Any], file: str | Path) -> None:
+    """Raise ValueError where ``contract``, read from ``file``, is not one that this version computes."""
+    if contract.get("schema") != SCHEMA_VERSION:
+        raise ValueError(
+            f"{file} has schema {contract.get('schema')!r}; this version of microbat reads {SCHEMA_VERSION}: "
+            "pip install --upgrade microbat"
+        )
+    for key, value in CONVENTION.items():
+        if contract.get(key) != value:
+            raise ValueError(
+                f"{file} was written under another convention: {key} is {contract.get(key)!r}, not {value!r}"
+            )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no config.json: it is not a finished microbat folder")
-    contract = json.loads(file.read_text()).get("quantization_config", {})
-    if contract.get("quant_method") != QUANT_METHOD:
-        raise ValueError(f"{folder} is not a microbat folder (quant_method is {contract.get('quant_method')!r})")
-    if contract["schema"] != SCHEMA_VERSION:
-        raise ValueError(f"{folder} has schema {contract['schema']}; this version reads {SCHEMA_VERSION}")
-    if any(contract[key] != value for key, value in CONVENTION.items()):
-        raise ValueError(f"{folder} was written under another convention than {CONVENTION}")
-    return contract
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error})") from error
+
+
+def check_fit(block: nn.Module, stored: StoredBlock, shard: Path) -> None:
+    """Raise ValueError, naming tensor and shard, where a stored tensor is not of the shape that the config gives it, or a
+    float one holds NaN or Inf.
+
+    ``block`` is the float block of the skeleton; what it lacks or has too much is left to whoever fills it.
+    """
+    for path, weight in stored.quantized.weights.items():
+        linear = block.get_submodule(path)
+        wanted = (linear.out_features, linear.in_features)
+        if tuple(weight.shape) != wanted:
+            raise ValueError(f"shard {shard}: {path} is {tuple(weight.shape)}; config.json makes it {wanted}")
+    parameters = dict(block.named_parameters())
+    for name, tensor in stored.floats.items():
+        if name in parameters and tensor.shape != parameters[name].shape:
+            wanted = tuple(parameters[name].shape)
+            raise ValueError(f"shard {shard}: {name} is {tuple(tensor.shape)}; config.json makes it {wanted}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"shard {shard}: {name} holds NaN or Inf")
 
 
 def online_bytes(folder: Path) -> int:
@@ -242,23 +321,48 @@ def online_bytes(folder: Path) -> int:
 
 def is_microbat_folder(path: Path) -> bool:
     """Whether ``path`` is a finished folder of ours."""
-    file = path / "config.json"
-    return (
-        file.is_file()
-        and json.loads(file.read_text()).get("quantization_config", {}).get("quant_method") == QUANT_METHOD
-    )
+    if not (path / "config.json").is_file():
+        return False
+    return _read_config(path).get("quantization_config", {}).get("quant_method") == QUANT_METHOD
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
+def _write_shard(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
+    tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    content = {**description, "sha256": {k: digest(t) for k, t in sorted(tensors.items())}}
     temporary = path.with_suffix(".tmp")
     temporary.touch()
     mode = temporary.stat().st_mode
     # One key of metadata at most: safetensors writes several in an order that changes from run to run.
-    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, metadata)
+    save_file(tensors, temporary, {"microbat": json.dumps(content)})
     temporary.chmod(mode)  # safetensors leaves its files to their owner alone; a server may be somebody else
     os.replace(temporary, path)
+
+
+def read_shard(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A shard's description and its tensors by full name; ValueError for one that is missing, unknown or altered."""
+    from safetensors import safe_open
+
+    with _reading(path), safe_open(path, framework="pt") as file:
+        description = json.loads((file.metadata() or {}).get("microbat", "{}"))
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    digests = description.pop("sha256", None)  # folders from before digests have none
+    for name in sorted(digests.keys() | tensors.keys()) if digests else ():
+        if name not in tensors:
+            raise ValueError(f"shard {path} lacks tensor {name}")
+        if name not in digests:
+            raise ValueError(f"shard {path} has a tensor {name} that was not written with it")
+        if digest(tensors[name]) != digests[name]:
+            raise ValueError(f"shard {path}: tensor {name} was altered (its digest is not the one that was written)")
+    return description, tensors
+
+
+def digest(tensor: Tensor) -> str:
+    """The first 64 bits of SHA-256 over a CPU tensor's type, shape and bytes, in hexadecimal."""
+    state = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    state.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()[:16]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -280,5 +384,6 @@ class _reading:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         from safetensors import SafetensorError
 
-        if isinstance(error, SafetensorError | OSError | KeyError):
-            raise ValueError(f"shard {self.path} cannot be read ({error}); is it truncated?") from error
+        damage = SafetensorError | OSError | KeyError | TypeError | RuntimeError | json.JSONDecodeError
+        if isinstance(error, damage):
+            raise ValueError(f"shard {self.path} cannot be read ({error}); is it truncated or damaged?") from error

@@ -8,6 +8,8 @@ convention; so that reading it back is exact, ``tensor_scale`` itself is kept be
 
 # Shapes: N rows, K last axis, G blocks along K.
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,20 @@ def unpack(tensors: dict[str, Tensor], format: BlockFormat, width: int) -> QTens
     scales = E8M0.decode(scales) if format.scale_element.is_power_of_two else scales.to(torch.float32)
     tensor_scale = tensors["weight_tensor_scale"].reshape(()) if format.has_tensor_scale else None
     return QTensor(format=format, codes=codes, scales=scales, tensor_scale=tensor_scale)
+
+
+def check(q: QTensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError where ``q`` is not a tensor of ``shape`` [N, K] or holds a code or a scale that means no number."""
+    element, groups = q.format.element, -(-shape[-1] // q.format.block_of(shape[-1]))
+    if tuple(q.shape) != shape or tuple(q.scales.shape) != (*shape[:-1], groups):
+        raise ValueError(f"codes are {tuple(q.shape)} and scales {tuple(q.scales.shape)} for a tensor of {shape}")
+    for code, value in enumerate(element.table.tolist()):
+        unused = not math.isfinite(value) or (element.is_fixed_point and value < -element.max)
+        if unused and bool((q.codes == code).any()):
+            raise ValueError(f"code {code} is out of range: in {element.name} it means no number")
+    scales = q.scales if q.tensor_scale is None else torch.cat([q.scales.flatten(), q.tensor_scale.reshape(1)])
+    if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
+        raise ValueError("a scale is negative, infinite or not a number")
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

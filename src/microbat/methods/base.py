@@ -28,12 +28,14 @@ Quant = AbsMax | Clip
 
 @dataclass(kw_only=True)
 class SitePlan:
-    """What happens to one activation, and with which quantizer each of its consumers' weights is stored."""
+    """What happens to one activation, and with which quantizer each of its consumers' weights is stored. ``scale`` [K]
+    multiplies the activation's channels before the transform, until training folds it into what produces them."""
 
     site: Site
     transform: Transform | None
     activation: Quant | None
     weights: dict[str, Quant]
+    scale: nn.Parameter | None = None
 
 
 @dataclass(kw_only=True)
@@ -55,16 +57,24 @@ class Plan:
         headed = (s for s in self.sites if s.site.headed and {s.site.producer, *s.site.consumers} <= planned)
         return next(headed, None)
 
-    def map_values(
+    def folded(
         self, weights: dict[str, Tensor], biases: dict[str, Tensor | None]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-        """Weights [N, K] and biases [N] of linear layers, by path, around values that ``values`` maps.
+        """Weights [N, K] and biases [N] of linear layers, by path, around activations that are scaled, values that are mapped.
 
-        The map goes into the rows that make the values, its inverse transpose into the columns that read them.
+        Both go into the rows that make them, and inverted into the columns that read them.
         """
+        weights, biases = dict(weights), dict(biases)
+        for plan in (plan for plan in self.sites if plan.scale is not None):
+            producer = plan.site.producer
+            if producer in weights:
+                weights[producer] = weights[producer] * plan.scale[:, None]
+            if biases.get(producer) is not None:
+                biases[producer] = biases[producer] * plan.scale
+            weights |= {path: weights[path] / plan.scale for path in plan.weights if path in weights}
         if self.values is None:
             return weights, biases
-        weights, biases, lanes = dict(weights), dict(biases), self.values.width
+        lanes = self.values.width
         for site in (plan.site for plan in self.sites if plan.site.headed):
             if site.producer in weights:
                 weights[site.producer] = _by_head(self.values.forward, weights[site.producer].T, lanes).T

@@ -17,16 +17,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from microbat.kv import KVQuantizer
 from microbat.methods.base import BlockData, Plan, Preparer, SitePlan, Solver
-from microbat.methods.learn import Inputs, Objective, Schedule, train_plan
+from microbat.methods.learn import Inputs, Objective, Schedule, channel_maxima, smoothing, train_plan
 from microbat.quantizers.clip import Clip
 from microbat.transforms.kronecker import FullBlocks, Kronecker, balanced_split
 
 SCALE_POWER = 0.3
-SMALLEST = 1e-5  # the authors' floor for the maxima that c starts from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +63,6 @@ class FlatQuant(Preparer):
             self._map_values(plan, data)
         schedule = Schedule(epochs=self.epochs, batch=self.batch, objective=self.objective, inputs=self.inputs)
         train_plan(data, plan, solver, lr=self.lr, clip_lr=self.clip_lr, schedule=schedule)
-        for site in plan.sites:
-            _fold_scale(data.block, site, plan.latents)
         return plan
 
     def _map_values(self, plan: Plan, data: BlockData) -> None:
@@ -78,38 +75,15 @@ class FlatQuant(Preparer):
                 site.transform.R.copy_(torch.eye(lanes))
 
     def _start(self, data: BlockData, site: SitePlan) -> None:
-        """The untrained transform and clips of one site."""
-        linears = [data.block.get_submodule(path) for path in site.site.consumers]
-        width, scale = linears[0].in_features, None
-        if not site.site.headed:
-            largest = torch.stack([linear.weight.abs().amax(0) for linear in linears]).amax(0)
-            x_max = data.absmax(site.site.consumers[0])
-            scale = largest.clamp(min=SMALLEST) ** (1 - SCALE_POWER) / x_max.clamp(min=SMALLEST) ** SCALE_POWER
+        """The untrained transform, scale and clips of one site."""
+        width = data.block.get_submodule(site.site.consumers[0]).in_features
+        if not site.site.headed and set(site.weights) == set(site.site.consumers):
+            site.scale = nn.Parameter(smoothing(*channel_maxima(data, site.site), SCALE_POWER))
         left = width // data.head_dim if site.site.headed else balanced_split(width)
-        site.transform = Kronecker(width=width, left=left, generator=data.generator, scale=scale)
+        site.transform = Kronecker(width=width, left=left, generator=data.generator)
         if site.activation is not None:
             site.activation = Clip(site.activation, shape=(1,), whole=True)
         site.weights = {
             path: Clip(q, shape=(data.block.get_submodule(path).out_features, 1), whole=True)
             for path, q in site.weights.items()
         }
-
-
-@torch.no_grad()
-def _fold_scale(block: nn.Module, site: SitePlan, latents: dict[str, Tensor]) -> None:
-    """Move the factor per channel out of the transform: into what produces the activation, and into the weights."""
-    transform = site.transform
-    if not isinstance(transform, Kronecker) or transform.scale is None:
-        return
-    scale, transform.scale = transform.scale.detach(), None
-    producer = block.get_submodule(site.site.producer)
-    for name, parameter in list(producer.named_parameters()):  # a gain or a bias [K], or the rows of a weight [K, ...]
-        by_channel = scale.reshape(-1, *[1] * (parameter.dim() - 1))
-        setattr(producer, name, nn.Parameter(parameter * by_channel, requires_grad=False))
-    if site.site.producer in latents:
-        latents[site.site.producer] = latents[site.site.producer] * scale[:, None]
-    for path in site.site.consumers:
-        linear = block.get_submodule(path)
-        linear.weight = nn.Parameter(linear.weight / scale, requires_grad=False)
-        if path in latents:
-            latents[path] = latents[path] / scale

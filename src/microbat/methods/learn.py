@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from microbat.methods.base import BlockData, ModelData, Plan, Solver
+from microbat.models.base import Site
 from microbat.models.rotation import RotatedCheckpoint, Rotation
 from microbat.quantizers.clip import Clip
 from microbat.transforms.base import Transform
@@ -59,7 +60,9 @@ def train_plan(data: BlockData, plan: Plan, solver: Solver, *, lr: float, clip_l
     transforms = [*(site.transform for site in plan.sites), plan.kv and plan.kv.transform, plan.values]
     quantizers = [q for site in plan.sites for q in (site.activation, *site.weights.values())]
     quantizers += [plan.kv.key, plan.kv.value] if plan.kv else []
+    scales = [site.scale for site in plan.sites if site.scale is not None]
     groups: list[tuple[list[nn.Parameter], float]] = [
+        (scales, lr),
         ([p for transform in transforms if transform is not None for p in transform.parameters()], lr),
         ([q.logits for q in quantizers if isinstance(q, Clip) and q.logits is not None], clip_lr),
     ]
@@ -68,20 +71,39 @@ def train_plan(data: BlockData, plan: Plan, solver: Solver, *, lr: float, clip_l
         groups += [([w], solver.weight_lr * w.detach().square().mean().sqrt().item()) for w in weights.values()]
     plan.loss = train(data, data.faked(plan, weights), groups, schedule)
     plan.latents = {path: w.detach() for path, w in weights.items()}
-    fold_values(data.block, plan)
+    fold(data.block, plan)
+
+
+SMALLEST = 1e-5  # the floor of SmoothQuant's authors, and FlatQuant's, for both maxima
+
+
+def channel_maxima(data: BlockData, site: Site) -> tuple[Tensor, Tensor]:
+    """The largest magnitude of each of the site's channels [K]: of the activation, and over its consumers' weights."""
+    weights = [data.block.get_submodule(path).weight for path in site.consumers]
+    return data.absmax(site.consumers[0]), torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+
+
+def smoothing(x_max: Tensor, w_max: Tensor, alpha: float) -> Tensor:
+    """What SmoothQuant multiplies activations with, 1 / s [K] = w_max^(1 - alpha) / x_max^alpha."""
+    return w_max.clamp(min=SMALLEST) ** (1 - alpha) / x_max.clamp(min=SMALLEST) ** alpha
 
 
 @torch.no_grad()
-def fold_values(block: nn.Module, plan: Plan) -> None:
-    """Move the map of the values into the weights that make and that read them: it costs nothing when the model runs."""
-    paths = [p for site in plan.sites if site.site.headed for p in (site.site.producer, *site.site.consumers)]
-    linears = {path: block.get_submodule(path) for path in paths}
+def fold(block: nn.Module, plan: Plan) -> None:
+    """Move scales and the map of the values into the weights around them: they cost nothing when the model runs."""
+    linears = {path: block.get_submodule(path) for site in plan.sites for path in site.weights}
     biases = {path: linear.bias for path, linear in linears.items()}
-    weights, biases = plan.map_values({path: linear.weight for path, linear in linears.items()}, biases)
-    plan.latents, _ = plan.map_values(plan.latents, dict.fromkeys(plan.latents))
+    weights, biases = plan.folded({path: linear.weight for path, linear in linears.items()}, biases)
+    plan.latents, _ = plan.folded(plan.latents, {})
     for path, linear in linears.items():
         linear.weight = nn.Parameter(weights[path], requires_grad=False)
         linear.bias = None if biases[path] is None else nn.Parameter(biases[path], requires_grad=False)
+    for site in (site for site in plan.sites if site.scale is not None):
+        if site.site.producer not in linears:  # a norm: its gain [K], and a bias if it has one
+            producer = block.get_submodule(site.site.producer)
+            for name, parameter in list(producer.named_parameters()):
+                setattr(producer, name, nn.Parameter(parameter * site.scale, requires_grad=False))
+        site.scale = None
     plan.values = None
 
 

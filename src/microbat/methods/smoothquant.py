@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from microbat.methods.base import BlockData, Plan, Preparer, Solver
-from microbat.methods.learn import block_loss
+from microbat.methods.learn import block_loss, channel_maxima, smoothing
 
 ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.85)
 JUDGED_SEQUENCES = 8  # of the calibration set, for the choice of alpha
-SMALLEST = 1e-5  # the authors' floor for both maxima
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +38,11 @@ class SmoothQuant(Preparer):
         pairs = []
         for site in (site.site for site in plan.sites if site.site.normed):
             linears = [data.block.get_submodule(path) for path in site.consumers]
-            largest = torch.stack([linear.weight.abs().amax(0) for linear in linears]).amax(0)
-            pairs.append((data.block.get_submodule(site.producer), linears, data.absmax(site.consumers[0]), largest))
+            pairs.append((data.block.get_submodule(site.producer), linears, *channel_maxima(data, site)))
 
         def scale(alpha: float, sign: int) -> None:
             for norm, linears, x, w in pairs:
-                fold(norm, linears, factors(x, w, alpha) ** sign)
+                fold(norm, linears, smoothing(x, w, alpha) ** -sign)
 
         def error(alpha: float) -> float:
             scale(alpha, 1)
@@ -56,11 +54,6 @@ class SmoothQuant(Preparer):
 
         scale(min(ALPHAS, key=error) if self.alpha is None else self.alpha, 1)
         return plan
-
-
-def factors(x_max: Tensor, w_max: Tensor, alpha: float) -> Tensor:
-    """s [K] from each channel's largest activation and weight."""
-    return x_max.clamp(min=SMALLEST) ** alpha / w_max.clamp(min=SMALLEST) ** (1 - alpha)
 
 
 def fold(norm: nn.Module, linears: list[nn.Module], scale: Tensor) -> None:

@@ -174,10 +174,19 @@ class Checkpoint:
     def num_blocks(self) -> int:
         return 1 + max(int(n[len(self.family.blocks) + 1 :].split(".")[0]) for n in self.names if self.in_block(n))
 
+    def file_of(self, name: str) -> Path:
+        """The file that holds the stored tensor ``name``."""
+        return self._files[name]
+
     def tensor(self, name: str) -> Tensor:
-        """One stored tensor, in its stored dtype."""
+        """One stored tensor, in its stored dtype; ValueError, naming file and tensor, where the file lacks it."""
+        from safetensors import SafetensorError
+
         with _open(self._files[name]) as tensors:
-            return tensors.get_tensor(name)
+            try:
+                return tensors.get_tensor(name)
+            except SafetensorError as error:
+                raise ValueError(f"checkpoint file {self._files[name]} lacks tensor {name} ({error})") from error
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """All stored tensors under a module path, by their names below it."""

@@ -1,13 +1,24 @@
 """From a folder to a model: a transformers model whose linear layers are :class:`microbat.runtime.packed.PackedLinear`."""
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from microbat.export.folder import INDEX, OTHER_SHARD, block_shard, is_quantizers, read_block, read_contract
-from microbat.linear import install
+from microbat.export.folder import (
+    INDEX,
+    OTHER_SHARD,
+    StoredBlock,
+    block_shard,
+    check_fit,
+    is_quantizers,
+    read_block,
+    read_contract,
+    read_shard,
+)
+from microbat.linear import Linear, dequantized, install
 from microbat.models.base import Checkpoint
 from microbat.runtime.packed import Head, PackedLinear
 
@@ -27,24 +38,57 @@ def load(
     unpacked to codes of a byte each while it is read and checked, nothing to floats.
     Raises ValueError for a folder that is not ours, not finished, or damaged, and for an unknown or unfit backend.
     """
-    folder = Path(folder)
+    checkpoint, blocks = _read(Path(folder))
+    linear = partial(PackedLinear, dtype=dtype, backend=backend)
+    model = assemble(checkpoint, blocks, linear, dtype=dtype, device=device)
+    head = checkpoint.family.head
+    model.set_submodule(head, Head(model.get_submodule(head)))
+    return model
+
+
+def load_dequantized(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The same model with its weights as floats on their grid, as calibration ran it: what to compare :func:`load` with."""
+    return assemble(*_read(Path(folder)), dtype=dtype)
+
+
+def _read(folder: Path) -> tuple[Checkpoint, Iterable[StoredBlock]]:
     read_contract(folder)
     checkpoint = Checkpoint(folder, index=INDEX)
+    if not (folder / OTHER_SHARD).is_file():
+        raise ValueError(f"{folder} lacks {OTHER_SHARD}")
+    read_shard(folder / OTHER_SHARD)  # an altered tensor shows here, with its name
+    return checkpoint, (read_block(folder / block_shard(i)) for i in range(checkpoint.config.num_hidden_layers))
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    blocks: Iterable[StoredBlock],
+    linear: Linear | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """The model of ``blocks`` and of what ``checkpoint`` has beside them; ValueError where they do not fit its config.
+
+    ``linear`` makes a quantized layer of its site, codes and bias; None: one with a float weight of ``dtype``.
+    """
+    linear = linear or partial(dequantized, dtype=dtype)
     family = checkpoint.family
     model = checkpoint.skeleton()
-    blocks = model.get_submodule(family.blocks)
-    for index, block in enumerate(blocks):
-        stored = read_block(folder / block_shard(index))
-        install(block, stored.quantized, partial(PackedLinear, dtype=dtype, backend=backend))
+    for index, (block, stored) in enumerate(zip(model.get_submodule(family.blocks), blocks, strict=True)):
+        name = f"{family.blocks}.{index}"
+        own = next((key for key in checkpoint.names if key.startswith(f"{name}.")), None)
+        if own is None:
+            raise ValueError(f"{checkpoint.path} has no tensor of {name}, which config.json asks for")
+        file = checkpoint.file_of(own)
+        check_fit(block, stored, file)
+        install(block, stored.quantized, linear)
         floats = {key: tensor.to(dtype) for key, tensor in stored.floats.items()}
         missing = block.load_state_dict(floats, strict=False, assign=True).missing_keys
         missing = [key for key in missing if not is_quantizers(key)]
         if missing:
-            raise ValueError(f"shard {folder / block_shard(index)} lacks {missing[0]}")
-    if not (folder / OTHER_SHARD).is_file():
-        raise ValueError(f"{folder} lacks {OTHER_SHARD}")
+            raise ValueError(f"{file} lacks {name}.{missing[0]}")
     checkpoint.load_into(model.get_submodule(family.embedding), family.embedding, dtype)
     checkpoint.load_head(model, dtype)
-    model.set_submodule(family.head, Head(model.get_submodule(family.head)))
     model.generation_config = checkpoint.generation_config
     return model.to(device).requires_grad_(False)

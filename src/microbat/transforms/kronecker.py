@@ -118,10 +118,7 @@ class FullBlocks(BlockDiagonal):
 
 
 class Kronecker(Transform):
-    """One map across the whole width: P = L (x) R on row vectors, a row read row-major as X [n1, n2] going to L^T X R.
-
-    ``scale`` [K], while there, multiplies the row first: a factor per channel that a method may fold into the producer.
-    """
+    """One map across the whole width: P = L (x) R on row vectors, a row read row-major as X [n1, n2] going to L^T X R."""
 
     name: ClassVar[str] = "kronecker"
 
@@ -132,7 +129,6 @@ class Kronecker(Transform):
         left: int,
         init: Init = "orthogonal",
         generator: torch.Generator | None = None,
-        scale: Tensor | None = None,
     ):
         super().__init__()
         if left < 1 or width % left:
@@ -140,17 +136,14 @@ class Kronecker(Transform):
         self.width, self.left = width, left
         self.L = nn.Parameter(initial_matrix(left, init, generator))
         self.R = nn.Parameter(initial_matrix(width // left, init, generator))
-        self.scale = None if scale is None else nn.Parameter(scale)
 
     def settings(self) -> dict[str, Any]:
         return {"width": self.width, "left": self.left}
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.scale is None else x * self.scale
         return _sandwich(x, self.L.to(x.dtype), self.R.to(x.dtype))
 
     def inverse_t(self, w: Tensor) -> Tensor:
-        w = w if self.scale is None else w / self.scale
         return _sandwich(w, inverse64(self.L).T.to(w.dtype), inverse64(self.R).T.to(w.dtype))
 
 

@@ -1,0 +1,58 @@
+"""The role of an engine: something that runs a folder, so that its answer can be compared with microbat's own."""
+
+import contextlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from microbat.quantizers.base import AbsMax
+from microbat.registry import subclasses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What an engine made of a sequence: ``logits`` float32 [L, V] of its last L tokens (or log-probabilities), computed in
+    ``dtype``; ``layers``: linear layer -> its input and output, [1, tokens, K] and [1, tokens, N]. Engines that do not show
+    their layers leave it empty."""
+
+    logits: Tensor
+    dtype: torch.dtype
+    layers: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Engine(ABC):
+    """``name`` is what users type; ``install`` the command that installs it; ``activations`` what its products round 16-bit
+    activations to, which the calibrated model then does too (None: nothing)."""
+
+    name: ClassVar[str]
+    install: ClassVar[str]
+    activations: ClassVar[AbsMax | None] = None
+
+    @abstractmethod
+    def run(self, folder: Path, tokens: Tensor, layers: list[str]) -> Run:
+        """The logits of ``tokens`` int64 [L] in ``folder``, an export of microbat or a microbat folder, and what went in
+        and out of the linear layers of these full names.
+
+        ImportError where the engine is not installed; ValueError where it does not read such a folder.
+        """
+
+
+@torch.no_grad()
+def watched(model: nn.Module, tokens: Tensor, layers: list[str]) -> Run:
+    """The run of ``model``, a model of transformers in this process."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    with contextlib.ExitStack() as stack:
+        for name in layers:
+            keep = lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)})  # noqa: E731
+            stack.enter_context(model.get_submodule(name).register_forward_hook(keep))
+        logits = model(tokens[None].to(model.device)).logits[0]
+    return Run(logits=logits.to("cpu", torch.float32), dtype=model.dtype, layers=seen)
+
+
+def engines() -> dict[str, type[Engine]]:
+    """Every engine by name."""
+    return subclasses("microbat.engines", Engine)

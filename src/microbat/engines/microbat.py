@@ -1,0 +1,16 @@
+"""microbat's own runtime."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from microbat.engines.base import Engine, Run, watched
+from microbat.runtime.load import load
+
+
+class Microbat(Engine):
+    name = "microbat"
+    install = "pip install microbat"
+
+    def run(self, folder: Path, tokens: Tensor, layers: list[str]) -> Run:
+        return watched(load(folder), tokens, layers)

@@ -1,0 +1,295 @@
+"""The layout of compressed-tensors, which transformers, vLLM and others load: a microbat folder written again in it.
+
+Bits are moved, never rounded: the codes and scales that calibration chose are what the engine reads. Per linear layer
+``P``, byte for byte what compressed-tensors 0.17 to 0.20 writes for the same codes:
+
+==================  ==========================  =====================================================================
+microbat            their format                tensors
+==================  ==========================  =====================================================================
+mxfp4               mxfp4-pack-quantized        P.weight_packed uint8 [N, K/2], P.weight_scale uint8 [N, K/32]
+mxfp6_e2m3          mxfp6-pack-quantized        P.weight_packed uint8 [N, 3K/4], P.weight_scale uint8 [N, K/32]; from 0.20
+mxfp8_e4m3          mxfp8-quantized             P.weight float8_e4m3fn [N, K], P.weight_scale uint8 [N, K/32]
+nvfp4               nvfp4-pack-quantized        P.weight_packed uint8 [N, K/2], P.weight_scale float8_e4m3fn [N, K/16],
+                                                P.weight_global_scale float32 [1], the reciprocal of our tensor scale
+int4, int8          pack-quantized              P.weight_packed int32 [N, K bits/32] of code + 2^(bits-1), first lowest;
+                                                P.weight_scale [N, K/32] or [N, 1], P.weight_shape int64 [2]
+int8, int8 inputs   int-quantized               P.weight int8 [N, K], P.weight_scale float32 [N, 1]
+==================  ==========================  =====================================================================
+
+Which of these an engine computes as calibrated is :mod:`microbat.export.targets`'s to say.
+"""
+
+# Shapes: N out, K in, G blocks along K.
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microbat.export import folder as folders
+from microbat.export.folder import StoredBlock, digest, read_block, read_contract, read_shard, write_json
+from microbat.export.targets import LAYOUT, reasons_against, target_of
+from microbat.formats.block import BlockFormat, QTensor
+from microbat.formats.element import E2M1, E4M3, E8M0
+from microbat.formats.packing import pack, pack_bits, unpack, unpack_bits
+from microbat.linear import QuantBlock, QuantSite
+from microbat.models.base import WEIGHTS_INDEX, Checkpoint
+from microbat.quantizers.base import AbsMax
+from microbat.registry import instances, pick
+
+PROVENANCE = "microbat.json"
+SCHEMA = "0.17.0"  # the oldest version of compressed-tensors that reads what is written here
+INTEGERS = ("int4", "int8")
+TENSORS = ("weight", "weight_packed", "weight_scale", "weight_global_scale", "weight_shape")
+NEGATIVE_ZERO = 0b1000  # of E2M1
+SCALE_DTYPES = {E8M0: "torch.uint8", E4M3: "torch.float8_e4m3fn"}  # others: the model's own
+FORMATS = {
+    "mxfp4": "mxfp4-pack-quantized",
+    "mxfp6_e2m3": "mxfp6-pack-quantized",
+    "mxfp8_e4m3": "mxfp8-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+    "int4": "pack-quantized",
+    "int8": "pack-quantized",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export says about itself in ``microbat.json``. ``weights`` and ``activations`` are the folder's: format and
+    scale rule; ``codes``: linear layer -> digest of the codes and scales that calibration chose; ``tensors``: stored
+    tensor -> digest of its bytes; ``source``: the recipe.json of the folder."""
+
+    target: str
+    weights: dict[str, str]
+    activations: dict[str, str] | None
+    source: dict[str, Any]
+    codes: dict[str, str]
+    tensors: dict[str, str]
+
+
+def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
+    """Write the microbat folder ``folder`` as a compressed-tensors checkpoint ``out`` for an engine; return ``out``.
+
+    Block by block, so that memory holds one. Raises ValueError, before anything is written, where the engine would drop
+    or compute otherwise than calibrated: with every reason and the way out.
+    """
+    folder, out = Path(folder), Path(out)
+    engine = target_of(target, LAYOUT)
+    contract = read_contract(folder)
+    checkpoint = Checkpoint(folder, index=folders.INDEX)
+    if out.exists():
+        raise ValueError(f"output folder {out} exists; choose another or remove it")
+    family, shards = checkpoint.family, [folder / folders.block_shard(i) for i in range(checkpoint.num_blocks)]
+    if reasons := reasons_against(engine, contract, family, (read_block(shard).quantized for shard in shards)):
+        raise ValueError(
+            f"{folder} cannot be served by {engine.title} as it was calibrated:\n- " + "\n- ".join(reasons)
+        )
+    weights, activations = _formats(contract["weights"], contract["activations"])
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    weight_map: dict[str, str] = {}
+    codes: dict[str, str] = {}
+    digests: dict[str, str] = {}
+    for index, shard in enumerate(shards):
+        name, stored = f"{family.blocks}.{index}", read_block(shard)
+        tensors = _block_tensors(stored, name, quantized_inputs=activations is not None)
+        codes |= {f"{name}.{path}": codes_digest(q) for path, q in stored.quantized.weights.items()}
+        digests |= {key: digest(tensor) for key, tensor in tensors.items()}
+        _save(partial, f"model-{index + 1:05d}-of-{len(shards) + 1:05d}.safetensors", tensors, weight_map)
+    _, others = read_shard(folder / folders.OTHER_SHARD)
+    digests |= {key: digest(tensor) for key, tensor in others.items()}
+    last = f"model-{len(shards) + 1:05d}-of-{len(shards) + 1:05d}.safetensors"
+    _save(partial, last, others, weight_map)
+    total = sum(file.stat().st_size for file in partial.iterdir())
+    write_json(
+        partial / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
+    for pattern in (*folders.COPIED, folders.PROOF):
+        for file in folder.glob(pattern):
+            shutil.copy(file, partial / file.name)
+    provenance = Exported(
+        target=target,
+        weights=contract["weights"],
+        activations=contract["activations"],
+        source=json.loads((folder / "recipe.json").read_text()),
+        codes=codes,
+        tensors=digests,
+    )
+    write_json(partial / PROVENANCE, {"microbat": version("microbat"), **vars(provenance)})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = quantization_config(weights, activations, _float_layers(checkpoint, set(codes)))
+    if weights.name not in INTEGERS:
+        config["dtype"] = "bfloat16"  # what compressed-tensors unpacks these formats to, whatever the model's own is
+    write_json(partial / "config.json", config)
+    os.rename(partial, out)
+    return out
+
+
+def read_exported(folder: Path) -> Exported:
+    """What ``folder``'s ``microbat.json`` says; ValueError where it is not an export of ours."""
+    file = folder / PROVENANCE
+    if not file.is_file():
+        raise ValueError(f"{folder} has no {PROVENANCE}: it is not a folder that microbat exported")
+    try:
+        content = json.loads(file.read_text())
+        return Exported(**{field.name: content[field.name] for field in dataclasses.fields(Exported)})
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{file} is not what microbat writes ({error})") from error
+
+
+def is_exported(path: Path) -> bool:
+    """Whether ``path`` is an export of ours."""
+    return (path / PROVENANCE).is_file()
+
+
+def read_blocks(folder: Path) -> Iterator[StoredBlock]:
+    """The blocks of an exported folder, decoded.
+
+    Raises ValueError, with the names of file and tensor, for one that is missing or altered, and for codes that are not
+    those that calibration chose.
+    """
+    said, checkpoint = read_exported(folder), Checkpoint(folder)
+    weights, activations = _formats(said.weights, said.activations)
+    _check_tensors(folder, said, checkpoint)
+    quantizer = AbsMax(format=activations, rule=said.activations["scale_rule"]) if said.activations else None
+    for index in range(checkpoint.config.num_hidden_layers):
+        name = f"{checkpoint.family.blocks}.{index}"
+        tensors = checkpoint.tensors(name)
+        codes = {}
+        for path in [key.removeprefix(f"{name}.") for key in said.codes if key.startswith(f"{name}.")]:
+            own = {key: tensors.pop(f"{path}.{key}") for key in TENSORS if f"{path}.{key}" in tensors}
+            codes[path] = from_tensors(own, weights, quantized_inputs=activations is not None)
+            if codes_digest(codes[path]) != said.codes[f"{name}.{path}"]:
+                raise ValueError(f"{folder}: {name}.{path} does not decode to the codes that calibration chose")
+        sites = tuple(
+            QuantSite(name=site.name, consumers=kept, transform=None, quantizer=quantizer)
+            for site in checkpoint.family.sites
+            if (kept := tuple(path for path in site.consumers if path in codes))
+        )
+        yield StoredBlock(quantized=QuantBlock(sites=sites, weights=codes), floats=tensors)
+
+
+def _check_tensors(folder: Path, said: Exported, checkpoint: Checkpoint) -> None:
+    for name in sorted(said.tensors.keys() | set(checkpoint.names)):
+        if name not in checkpoint.names:
+            raise ValueError(f"{folder} lacks tensor {name}")
+        if name not in said.tensors or digest(checkpoint.tensor(name)) != said.tensors[name]:
+            raise ValueError(f"{checkpoint.file_of(name)}: tensor {name} is not the one that was exported")
+
+
+def codes_digest(q: QTensor) -> str:
+    """What tells the codes and block scales of ``q`` from any others, whatever layout they are stored in."""
+    return digest(torch.cat([_codes(q).flatten(), q.scales.contiguous().flatten().view(torch.uint8)]))
+
+
+def _codes(q: QTensor) -> Tensor:
+    """The codes of ``q``; those of E2M1 with its second zero, -0, as 0, as compressed-tensors writes it on a CPU."""
+    return torch.where(q.codes == NEGATIVE_ZERO, 0, q.codes) if q.format.element == E2M1 else q.codes
+
+
+def to_tensors(q: QTensor, *, quantized_inputs: bool) -> dict[str, Tensor]:
+    """``q`` [N, K] as the tensors that compressed-tensors stores; integers depend on what they meet."""
+    tensors = pack(dataclasses.replace(q, codes=_codes(q)))
+    if q.format.name not in INTEGERS or quantized_inputs:
+        return {key: tensor for key, tensor in tensors.items() if key != "weight_tensor_scale"}
+    bits = q.format.element.bits
+    shifted = q.codes ^ (1 << (bits - 1))  # two's complement to code + 2^(bits-1)
+    packed = shifted if bits == 8 else pack_bits(shifted, bits)
+    packed = nn.functional.pad(packed, (0, -packed.shape[-1] % 4)).contiguous().view(torch.int32)
+    return {
+        "weight_packed": packed,
+        "weight_scale": tensors["weight_scale"],
+        "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
+    }
+
+
+def from_tensors(tensors: dict[str, Tensor], format: BlockFormat, *, quantized_inputs: bool) -> QTensor:
+    """The inverse of :func:`to_tensors`; the tensor scale is that of the stored reciprocal. KeyError for what is missing."""
+    tensors = dict(tensors)
+    if format.name in INTEGERS and not quantized_inputs:
+        bits, width = format.element.bits, int(tensors["weight_shape"][-1])
+        stored = tensors["weight_packed"].view(torch.uint8)
+        codes = (stored[..., :width] if bits == 8 else unpack_bits(stored, bits, width)) ^ (1 << (bits - 1))
+        return QTensor(format=format, codes=codes, scales=tensors["weight_scale"].to(torch.float32))
+    if format.has_tensor_scale:
+        tensors["weight_tensor_scale"] = tensors["weight_global_scale"].reciprocal()
+    if "weight" in tensors:
+        return unpack(tensors, format, tensors["weight"].shape[-1])
+    return unpack(tensors, format, tensors["weight_packed"].shape[-1] * 8 // format.element.bits)
+
+
+def quantization_config(weights: BlockFormat, activations: BlockFormat | None, ignore: list[str]) -> dict[str, Any]:
+    """``quantization_config`` of config.json, in the words that every supported version of compressed-tensors takes."""
+    format = FORMATS[weights.name] if weights.name not in INTEGERS or activations is None else "int-quantized"
+    group = {
+        "targets": ["Linear"],
+        "weights": _arguments(weights, dynamic=False),
+        "input_activations": activations and _arguments(activations, dynamic=True),
+        "output_activations": None,
+        "format": format,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "version": SCHEMA,
+        "format": format,
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "config_groups": {"group_0": group},
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }
+
+
+def _arguments(format: BlockFormat, *, dynamic: bool) -> dict[str, Any]:
+    """A format in the words of their QuantizationArgs; ``dynamic``: of activations, scaled as they come."""
+    whole_row = "token" if dynamic else "channel"
+    grouped = "tensor_group" if format.has_tensor_scale else "group"
+    arguments = {
+        "num_bits": format.element.bits,
+        "type": "int" if format.element.is_fixed_point else "float",
+        "symmetric": True,
+        "group_size": format.block,
+        "strategy": whole_row if format.block is None else grouped,
+        "dynamic": dynamic,
+    }
+    if format.scale_element in SCALE_DTYPES:
+        arguments["scale_dtype"] = SCALE_DTYPES[format.scale_element]
+    return arguments
+
+
+def _formats(weights: dict[str, str], activations: dict[str, str] | None) -> tuple[BlockFormat, BlockFormat | None]:
+    known = instances("microbat.formats", BlockFormat)
+    return pick("format", weights["format"], known), activations and pick("format", activations["format"], known)
+
+
+def _block_tensors(stored: StoredBlock, name: str, *, quantized_inputs: bool) -> dict[str, Tensor]:
+    """All tensors of a block by their full names."""
+    tensors = {f"{name}.{key}": tensor for key, tensor in stored.floats.items()}
+    for path, q in stored.quantized.weights.items():
+        own = to_tensors(q, quantized_inputs=quantized_inputs)
+        tensors |= {f"{name}.{path}.{key}": tensor for key, tensor in own.items()}
+    return tensors
+
+
+def _float_layers(checkpoint: Checkpoint, quantized: set[str]) -> list[str]:
+    """Full names of the linear layers of the model that are not among ``quantized``."""
+    modules = checkpoint.skeleton().named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Linear) and name not in quantized]
+
+
+def _save(folder: Path, file: str, tensors: dict[str, Tensor], weight_map: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / file, {"format": "pt"})
+    weight_map |= dict.fromkeys(tensors, file)

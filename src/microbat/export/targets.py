@@ -1,0 +1,195 @@
+"""What engines compute from a compressed-tensors checkpoint, as data; and why a folder does not survive the trip to one.
+
+A target says, for each pair of weight and activation formats, either the scale rules of activations under which the
+engine computes what calibration saw (none for 16-bit activations), or why it does not and what to do instead. Pairs that
+it does not list it cannot serve. New engines are new constants here.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from microbat.linear import QuantBlock, QuantSite
+from microbat.models.base import Family
+from microbat.quantizers.clip import Clip
+from microbat.registry import pick
+
+LAYOUT = "compressed-tensors"
+Served = tuple[str, ...] | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """An engine's profile. ``layout``: what it reads. ``fuses``: it multiplies the layers that share an input at once, with
+    one scheme and one tensor scale. ``serves``: (weights, activations) -> the activations' scale rules, or the reason
+    against the pair."""
+
+    name: str
+    title: str
+    serves: dict[tuple[str, str | None], Served]
+    fuses: bool = False
+    layout: str = LAYOUT
+
+
+ANY_RULE: Served = ()
+CONSTANT_NVFP4 = (
+    "NVFP4 activations: engines multiply by a constant that is stored with the weights, microbat scales each call by its own "
+    "largest magnitude; quantize with A16 (W4A16:nvfp4), or with mxfp4"
+)
+EVERY_GPU: dict[tuple[str, str | None], Served] = {
+    ("int4", None): ANY_RULE,
+    ("int8", None): ANY_RULE,
+    ("int8", "int8"): ("absmax",),
+    ("nvfp4", None): ANY_RULE,
+    ("nvfp4", "nvfp4"): CONSTANT_NVFP4,
+}
+BY_GPU = "depends on the GPU in vLLM: name it, --target vllm-hopper (and older) or vllm-blackwell"
+WITHOUT_ACTIVATIONS = (
+    "up to Hopper, vLLM computes MX checkpoints with 16-bit activations; quantize with A16 (--scheme W4A16), "
+    "or take --target vllm-blackwell"
+)
+
+TRANSFORMERS = Target(
+    name="transformers",
+    title="transformers",
+    serves={
+        ("mxfp4", None): ANY_RULE,
+        ("mxfp4", "mxfp4"): ("even",),
+        ("mxfp4", "mxfp8_e4m3"): ("rceil",),
+        ("mxfp6_e2m3", None): ANY_RULE,
+        ("mxfp6_e2m3", "mxfp8_e4m3"): ("rceil",),
+        ("mxfp8_e4m3", None): ANY_RULE,
+        ("mxfp8_e4m3", "mxfp8_e4m3"): ("rceil",),
+        ("nvfp4", None): ANY_RULE,
+        ("nvfp4", "nvfp4"): CONSTANT_NVFP4,
+        ("int4", None): ANY_RULE,
+        ("int8", None): ANY_RULE,
+        ("int8", "int8"): (
+            "INT8 activations: compressed-tensors divides a token's largest magnitude by 127.5, calibration by 127; "
+            "take --target vllm, which divides by 127, or quantize with A16 (W8A16:int8)"
+        ),
+    },
+)
+VLLM = Target(
+    name="vllm",
+    title="vLLM on every GPU",
+    fuses=True,
+    serves=EVERY_GPU
+    | dict.fromkeys([("mxfp4", None), ("mxfp4", "mxfp4"), ("mxfp8_e4m3", None), ("mxfp8_e4m3", "mxfp8_e4m3")], BY_GPU),
+)
+VLLM_HOPPER = Target(
+    name="vllm-hopper",
+    title="vLLM on Hopper and older GPUs",
+    fuses=True,
+    serves=EVERY_GPU
+    | {
+        ("mxfp4", None): ANY_RULE,
+        ("mxfp4", "mxfp4"): WITHOUT_ACTIVATIONS,
+        ("mxfp8_e4m3", None): ANY_RULE,
+        ("mxfp8_e4m3", "mxfp8_e4m3"): WITHOUT_ACTIVATIONS,
+    },
+)
+# FlashInfer rounds the exponent of amax / 6 (MXFP4) and amax / 448 (MXFP8) up: the rule that is called rceil here.
+VLLM_BLACKWELL = Target(
+    name="vllm-blackwell",
+    title="vLLM on Blackwell GPUs",
+    fuses=True,
+    serves=EVERY_GPU
+    | {
+        ("mxfp4", None): (
+            "on Blackwell vLLM quantizes the activations of W4A16 MXFP4 checkpoints too (vllm#56770); "
+            "quantize with A4 (--scheme W4A4 --scale-rule rceil)"
+        ),
+        ("mxfp4", "mxfp4"): ("rceil",),
+        ("mxfp8_e4m3", None): (
+            "vLLM quantizes the activations of W8A16 MXFP8 checkpoints on Blackwell; quantize with A8 (--scheme W8A8)"
+        ),
+        ("mxfp8_e4m3", "mxfp8_e4m3"): ("rceil",),
+    },
+)
+# Where llama.cpp multiplies integers (a CPU) it rounds 16-bit activations to 8 bits in blocks of 32 (Q8_0): its arithmetic,
+# as bfloat16 is that of others.
+LLAMA_CPP = Target(
+    name="llama.cpp",
+    title="llama.cpp",
+    layout="gguf",
+    serves={
+        ("mxfp4", None): ANY_RULE,
+        ("mxfp4", "mxfp4"): "llama.cpp does not quantize activations to MXFP4; quantize with A16 (--scheme W4A16)",
+        ("mxfp4", "mxfp8_e4m3"): "llama.cpp does not quantize activations to MXFP8; quantize with A16 (--scheme W4A16)",
+    },
+)
+TARGETS = {target.name: target for target in (TRANSFORMERS, VLLM, VLLM_HOPPER, VLLM_BLACKWELL, LLAMA_CPP)}
+
+
+def target_of(name: str, layout: str) -> Target:
+    """The target of this name; ValueError for an unknown one and for one that reads another layout."""
+    target = pick("target", name, TARGETS)
+    if target.layout != layout:
+        raise ValueError(f"target {name!r} reads {target.layout}, not {layout}: --format {target.layout}")
+    return target
+
+
+def reasons_against(
+    target: Target, contract: dict[str, Any], family: Family, blocks: Iterable[QuantBlock]
+) -> list[str]:
+    """Why ``target`` would not compute what the folder of ``contract`` and ``blocks`` does, each with the way out; [] if
+    it would."""
+    reasons = format_reasons(target, contract)
+    found: Counter[str] = Counter()
+    for block in blocks:
+        for site in block.sites:
+            found.update(_site_reasons(target, site, block))
+        for site in family.sites if target.fuses else ():
+            kept = [path for path in site.consumers if path in block.weights]
+            if 0 < len(kept) < len(site.consumers):
+                left = ", ".join(path for path in site.consumers if path not in kept)
+                found[
+                    f"{left} is in float, {', '.join(kept)} is not: the engine fuses them; ignore all of them or none"
+                ] += 1
+    return reasons + [f"{reason} ({count} blocks)" for reason, count in found.items()]
+
+
+def format_reasons(target: Target, contract: dict[str, Any]) -> list[str]:
+    """Those of :func:`reasons_against` that formats and scale rules alone decide."""
+    weights, activations, cache = contract["weights"], contract["activations"], contract.get("kv_cache")
+    pair = weights["format"], activations and activations["format"]
+    served = target.serves.get(pair, f"{pair[0]} weights with {pair[1] or '16-bit'} activations: {_offers(target)}")
+    reasons = []
+    if isinstance(served, str):
+        reasons.append(served)
+    elif activations and activations["scale_rule"] not in served:
+        reasons.append(
+            f"scale rule {activations['scale_rule']!r} of {pair[1]} activations: {target.title} computes "
+            f"{' or '.join(map(repr, served))}; quantize with --scale-rule {served[0]}"
+        )
+    if cache:
+        reasons.append(f"the cache in {cache['format']}: the engine would keep it in 16 bits; quantize with KV16")
+    return reasons
+
+
+def _offers(target: Target) -> str:
+    pairs = [f"{w} and {a or '16 bits'}" for (w, a), served in target.serves.items() if not isinstance(served, str)]
+    return f"the engine has {', '.join(pairs)}"
+
+
+def _site_reasons(target: Target, site: QuantSite, block: QuantBlock) -> list[str]:
+    reasons = []
+    if site.transform is not None:
+        reasons.append(
+            f"transform {site.transform.name!r} before {', '.join(site.consumers)} runs online and would be dropped; "
+            "keep the microbat folder, which transformers loads after `import microbat`, or take a method that folds "
+            "(rtn, gptq, smoothquant)"
+        )
+    if isinstance(site.quantizer, Clip):
+        reasons.append(
+            f"the clip of the activation before {', '.join(site.consumers)} would be dropped; the same way out"
+        )
+    scales = {q.tensor_scale.item() for q in map(block.weights.get, site.consumers) if q and q.tensor_scale is not None}
+    if target.fuses and len(scales) > 1:
+        reasons.append(
+            f"{', '.join(site.consumers)} have a tensor scale each: the engine fuses them and takes the largest; "
+            "take --target transformers or --scheme W4A16 (mxfp4)"
+        )
+    return reasons

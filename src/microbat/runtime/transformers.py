@@ -1,0 +1,89 @@
+"""``AutoModelForCausalLM.from_pretrained(folder)`` for microbat folders, transforms included: a quantizer of transformers.
+
+transformers has no entry points for quantizers; it learns of this one when it first needs its registry, once microbat has
+been imported (:mod:`microbat`). Without it ``from_pretrained`` raises: a folder's weights have an index of their own name,
+which transformers does not look for, so that it never takes codes for floats or fills the gaps with random numbers.
+
+transformers places the tensors that are no codes; afterwards each block gets its quantized layers as in
+:mod:`microbat.runtime.load`, on the device that transformers chose for the block.
+"""
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from microbat.export.folder import (
+    INDEX,
+    QUANT_METHOD,
+    block_shard,
+    check_contract,
+    check_fit,
+    quantized_layers,
+    read_block,
+)
+from microbat.linear import install
+from microbat.models.attention import attention_function
+from microbat.models.base import family_of
+from microbat.runtime.packed import PackedLinear
+
+
+@register_quantization_config(QUANT_METHOD)
+class MicrobatConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a microbat folder, as it is written there."""
+
+    def __init__(self, **contract: Any):
+        check_contract(contract, "quantization_config of config.json")
+        self.__dict__.update(contract)
+
+
+@register_quantizer(QUANT_METHOD)
+class MicrobatQuantizer(HfQuantizer):
+    """Loads microbat folders; such a model cannot be trained or saved: the folder is its own saved form."""
+
+    requires_calibration = True
+    is_trainable = False
+
+    def is_serializable(self) -> bool:
+        return False
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        config.transformers_weights = INDEX
+        if self.quantization_config.to_dict().get("kv_cache"):
+            config._attn_implementation = attention_function()
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str], **kwargs: Any
+    ) -> None:
+        self.folder = Path(checkpoint_files[0]).parent
+        self.blocks = family_of(model.config.model_type).blocks
+        ours = [re.escape(self.blocks) + r"\.\d+\.(sites|kv)\."]
+        for index, block in enumerate(model.get_submodule(self.blocks)):
+            for path in quantized_layers(self.folder / block_shard(index)):
+                block.set_submodule(path, _Awaited(block.get_submodule(path)))
+                ours.append(re.escape(f"{self.blocks}.{index}.{path}.weight"))
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ours}
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for index, block in enumerate(model.get_submodule(self.blocks)):
+            shard = self.folder / block_shard(index)
+            stored = read_block(shard)
+            check_fit(block, stored, shard)
+            place = next(block.parameters())
+            install(block, stored.quantized, partial(PackedLinear, dtype=place.dtype))
+            block.to(place.device)
+        return model.requires_grad_(False)
+
+
+class _Awaited(nn.Module):
+    """The place of a linear layer whose codes come when transformers has placed everything else."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias

@@ -1,0 +1,197 @@
+"""The compressed-tensors export: byte for byte against the installed package, loaded by transformers, refused with reasons."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import microbat
+from microbat.export import folder as folders
+from microbat.export.compressed_tensors import (
+    codes_digest,
+    export,
+    from_tensors,
+    quantization_config,
+    read_exported,
+    to_tensors,
+)
+from microbat.formats.block import BlockFormat
+from microbat.quantizers.base import AbsMax
+from microbat.registry import instances
+
+FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float32"}
+FORMATS = instances("microbat.formats", BlockFormat)
+PAIRS = [
+    ("mxfp4", None),
+    ("mxfp4", "mxfp4"),
+    ("mxfp4", "mxfp8_e4m3"),
+    ("mxfp6_e2m3", None),
+    ("mxfp8_e4m3", None),
+    ("mxfp8_e4m3", "mxfp8_e4m3"),
+    ("nvfp4", None),
+    ("int4", None),
+    ("int8", None),
+    ("int8", "int8"),
+]
+needs_theirs = pytest.mark.skipif(
+    importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed"
+)
+
+
+def scheme_of(weights, activations):
+    """Our configuration as their package reads it, and its compressor for it."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    config = quantization_config(FORMATS[weights], activations and FORMATS[activations], ["lm_head"])
+    known = {key: config[key] for key in QuantizationConfig.model_fields if key in config}
+    parsed = QuantizationConfig.model_validate(known)
+    scheme = parsed.config_groups["group_0"]
+    return scheme, BaseCompressor.get_value_from_registry(config["format"])
+
+
+def has_mxfp6():
+    from compressed_tensors.config import CompressionFormat
+
+    return hasattr(CompressionFormat, "mxfp6_pack_quantized")
+
+
+@needs_theirs
+@pytest.mark.parametrize(("weights", "activations"), PAIRS)
+def test_bytes_are_those_of_compressed_tensors(weights, activations):
+    if weights == "mxfp6_e2m3" and not has_mxfp6():
+        pytest.skip("compressed-tensors has MXFP6 from 0.20")
+    weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 96)
+    q = AbsMax(format=FORMATS[weights]).quantize(weight)
+    scheme, compressor = scheme_of(weights, activations)
+    assert compressor.can_compress(nn.Linear, scheme)
+    state = {"weight": q.dequantize(), "weight_scale": q.scales}
+    if q.tensor_scale is not None:
+        state["weight_global_scale"] = q.tensor_scale.reciprocal().reshape(1)
+    if weights == "int4":
+        state["weight_scale"] = q.scales.to(torch.bfloat16)
+    theirs = compressor.compress(state, scheme)
+    ours = to_tensors(q, quantized_inputs=activations is not None)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert ours[name].shape == tensor.shape, name
+        assert torch.equal(ours[name].flatten().view(torch.uint8), tensor.flatten().contiguous().view(torch.uint8)), (
+            name
+        )
+
+
+@pytest.mark.parametrize(("weights", "activations"), PAIRS)
+@pytest.mark.parametrize("width", [96, 160])
+def test_what_is_written_is_read_back(weights, activations, width):
+    q = AbsMax(format=FORMATS[weights]).quantize(torch.randn(7, width, generator=torch.Generator().manual_seed(2)))
+    ours = to_tensors(q, quantized_inputs=activations is not None)
+    back = from_tensors(ours, q.format, quantized_inputs=activations is not None)
+    torch.testing.assert_close(q.format.element.decode(back.codes), q.format.element.decode(q.codes), rtol=0, atol=0)
+    assert torch.equal(back.scales, q.scales)
+    assert codes_digest(back) == codes_digest(q)
+    torch.testing.assert_close(back.dequantize(), q.dequantize(), rtol=3e-7, atol=0)
+
+
+def quantized(tiny, text_file, out, scheme, family="llama", **options):
+    options = {"method": "rtn", **options}
+    return microbat.quantize(tiny(family), out=out, scheme=scheme, calibration=str(text_file), **{**options, **FAST})
+
+
+@needs_theirs
+@pytest.mark.parametrize(
+    ("family", "scheme", "method", "bound"),
+    [
+        ("llama", "W4A4", "gptq", 1e-5),
+        ("qwen2", "W4A8", "smoothquant", 1e-5),
+        ("qwen3", "W8A8", "rtn", 1e-5),
+        ("llama", "W4A16", "rtn", 1e-5),
+        ("llama", "W4A16:nvfp4", "rtn", 1e-2),  # dividing by the stored reciprocal may round another way
+        ("llama", "W4A16:int4", "rtn", 1e-5),
+        ("llama", "W8A16:int8", "rtn", 1e-5),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_computes_what_microbat_does(tiny, text_file, tmp_path, family, scheme, method, bound):
+    from transformers import AutoModelForCausalLM
+
+    folder = quantized(tiny, text_file, tmp_path / "q", scheme, family, method=method)
+    out = export(folder, tmp_path / "ct", target="transformers")
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    tokens = torch.randint(257, (2, 24), generator=torch.Generator().manual_seed(5))
+    expected = microbat.load(folder, dtype=theirs.dtype)(tokens).logits.float()
+    assert (theirs(tokens).logits.float() - expected).norm() / expected.norm() < bound
+
+
+def test_the_export_says_where_it_comes_from(tiny, text_file, tmp_path):
+    folder = quantized(tiny, text_file, tmp_path / "q", "W4A4", ignore=("re:1.mlp.down_proj$",))
+    out = export(folder, tmp_path / "ct", target="transformers")
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["ignore"] == ["model.layers.1.mlp.down_proj", "lm_head"]
+    said = read_exported(out)
+    assert said.source == json.loads((folder / "recipe.json").read_text())
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == said.tensors.keys()
+    assert {name for file in set(index.values()) for name in load_file(out / file)} == index.keys()
+    assert len(said.codes) == 13
+    assert {f.name for f in out.iterdir()} >= {"tokenizer.json", "generation_config.json"}
+    with pytest.raises(ValueError, match="exists"):
+        export(folder, out, target="transformers")
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "reasons"),
+    [
+        ("vllm", {"scheme": "W4A4"}, ["name it, --target vllm-hopper"]),
+        ("vllm-hopper", {"scheme": "W4A4"}, ["16-bit activations"]),
+        ("vllm-blackwell", {"scheme": "W4A4"}, ["scale rule 'even'", "--scale-rule rceil"]),
+        ("vllm-blackwell", {"scheme": "W4A16"}, ["vllm#56770"]),
+        ("transformers", {"scheme": "W4A4", "scale_rule": "floor"}, ["scale rule 'floor'", "--scale-rule even"]),
+        ("transformers", {"scheme": "W4A4KV8", "family": "qwen3"}, ["the cache in mxfp8_e4m3", "KV16"]),
+        ("transformers", {"scheme": "W8A8:int8"}, ["127.5", "--target vllm"]),
+        ("transformers", {"scheme": "W4A4:nvfp4"}, ["W4A16:nvfp4"]),
+        ("transformers", {"scheme": "W8A16:mxint8"}, ["mxint8 weights", "the engine has"]),
+        ("vllm", {"scheme": "W4A16:nvfp4"}, ["tensor scale each"]),
+        (
+            "vllm",
+            {"scheme": "W4A16:int4", "ignore": ("re:0.*k_proj$",)},
+            ["self_attn.k_proj is in float", "(1 blocks)"],
+        ),
+        (
+            "transformers",
+            {"scheme": "W4A4", "method": "batquant", "settings": {"epochs": 1}},
+            ["runs online", "clip of the activation", "(2 blocks)"],
+        ),
+        ("nowhere", {"scheme": "W4A4"}, ["unknown target 'nowhere'", "vllm-blackwell"]),
+    ],
+)
+def test_what_an_engine_would_not_compute_is_refused(tiny, text_file, tmp_path, target, options, reasons):
+    folder = quantized(tiny, text_file, tmp_path / "q", **{"family": "llama", **options})
+    with pytest.raises(ValueError, match="cannot be served|unknown target") as error:
+        export(folder, tmp_path / "ct", target=target)
+    for reason in reasons:
+        assert reason in str(error.value), error.value
+    assert not list(tmp_path.glob("ct*"))
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("vllm", {"scheme": "W4A16:int4"}),
+        ("vllm", {"scheme": "W8A8:int8"}),
+        ("vllm-hopper", {"scheme": "W4A16"}),
+        ("vllm-blackwell", {"scheme": "W4A4", "scale_rule": "rceil"}),
+    ],
+)
+def test_what_vllm_computes_is_exported(tiny, text_file, tmp_path, target, options):
+    folder = quantized(tiny, text_file, tmp_path / "q", **options)
+    assert read_exported(export(folder, tmp_path / "ct", target=target)).target == target
+
+
+def test_only_our_folders_are_exported(tiny, tmp_path):
+    with pytest.raises(ValueError, match="not a microbat folder"):
+        export(tiny(), tmp_path / "ct", target="transformers")
+    assert folders.is_microbat_folder(tiny()) is False

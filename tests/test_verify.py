@@ -1,0 +1,175 @@
+"""verify: passes what is whole, fails what was altered, and tells an engine that computes something else."""
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import microbat
+from microbat.cli import app
+from microbat.engines import transformers as engine
+from microbat.engines.base import watched
+from microbat.export import compressed_tensors
+from microbat.export import folder as folders
+from microbat.linear import SiteInput
+from microbat.quantizers.base import AbsMax
+from microbat.runtime.load import load
+from microbat.verify import Altered, verify
+
+FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float32"}
+needs_theirs = pytest.mark.skipif(
+    importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def made(tiny, text_file, tmp_path_factory):
+    """Folders by method, made once."""
+
+    def get(method, **options):
+        out = tmp_path_factory.mktemp(method) / "q"
+        options = {"calibration": str(text_file), **FAST, **options}
+        return microbat.quantize(tiny("qwen3"), out=out, method=method, **options)
+
+    return {
+        "gptq": get("gptq"),
+        "batquant": get("batquant", settings={"epochs": 1}, scheme="W4A4KV4"),
+    }
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("method", ["gptq", "batquant"])
+@pytest.mark.parametrize("engine", ["microbat", "transformers"])
+def test_a_microbat_folder(made, method, engine):
+    verdict = verify(made[method], engine=engine)
+    assert verdict.passed
+    assert (verdict.layers, verdict.engine, verdict.error) == (14, engine, 0)
+    assert verdict.divergence < 1e-6
+
+
+def test_the_proof_is_what_calibration_computed(made):
+    tokens, outputs = folders.read_proof(made["batquant"])
+    model = microbat.load(made["batquant"])
+    hidden = model.model(tokens, output_hidden_states=True)
+    assert outputs.shape == (1, 32, 64)
+    torch.testing.assert_close(model.model.norm(outputs), hidden.last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_from_before_proofs(made, tmp_path):
+    copy = shutil.copytree(made["gptq"], tmp_path / "q")
+    (copy / folders.PROOF).unlink()
+    assert verify(copy).passed
+
+
+@needs_theirs
+@pytest.mark.filterwarnings("ignore")
+def test_an_export(made, tmp_path):
+    out = compressed_tensors.export(made["gptq"], tmp_path / "ct", target="transformers")
+    assert verify(out) == verify(out, engine="transformers")
+    output = run("verify", out)
+    assert "codes of 14 linear layers: equal, bit for bit" in output
+    assert "passed" in output
+
+
+def alter(file, name, change):
+    tensors = load_file(file)
+    change(tensors[name])
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.layers.1.mlp.up_proj.weight_packed", 17),
+        ("model.layers.1.mlp.up_proj.weight_scale", 3),
+        ("model.layers.1.input_layernorm.weight", 1.5),
+    ],
+)
+def test_an_altered_export_fails(made, tmp_path, name, value):
+    out = compressed_tensors.export(made["gptq"], tmp_path / "ct", target="transformers")
+    file = "model-00002-of-00003.safetensors"
+    alter(out / file, name, lambda tensor: tensor.flatten()[2:3].fill_(value))
+    output = run("verify", out, code=1)
+    assert file in output
+    assert name in output
+
+
+def test_an_export_of_other_codes_fails(made, tmp_path):
+    out = compressed_tensors.export(made["gptq"], tmp_path / "ct", target="transformers")
+    said = json.loads((out / "microbat.json").read_text())
+    said["codes"]["model.layers.0.mlp.down_proj"] = "0" * 16
+    (out / "microbat.json").write_text(json.dumps(said))
+    with pytest.raises(Altered, match=r"layers.0.mlp.down_proj does not decode to the codes"):
+        verify(out)
+
+
+def test_an_altered_folder_fails(made, tmp_path):
+    copy = shutil.copytree(made["gptq"], tmp_path / "q")
+    shard = copy / folders.block_shard(0)
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert shard.name in run("verify", copy, code=1)
+
+
+def drops_activation_format(model):
+    for module in model.modules():
+        if isinstance(module, SiteInput):
+            module.quantizer = None
+
+
+def takes_another_scale_rule(model):
+    for module in model.modules():
+        if isinstance(module, SiteInput):
+            module.quantizer = AbsMax(format=module.quantizer.format, rule="floor")
+
+
+@pytest.mark.parametrize("mistake", [drops_activation_format, takes_another_scale_rule])
+def test_an_engine_that_computes_something_else_fails(made, monkeypatch, mistake):
+    def mistaken(self, folder, tokens, layers):
+        model = load(folder)
+        mistake(model)
+        return watched(model, tokens, layers)
+
+    monkeypatch.setattr(engine.Transformers, "run", mistaken)
+    verdict = verify(made["gptq"], engine="transformers")
+    assert not verdict.passed
+    assert verdict.error > 100 * verdict.error_bound
+    assert "FAILED" in run("verify", made["gptq"], "--engine", "transformers", code=1)
+
+
+def test_an_engine_that_does_not_show_its_layers(made, monkeypatch):
+    def logits_only(self, folder, tokens, layers):
+        return dataclasses.replace(watched(load(folder), tokens, []), layers={})
+
+    monkeypatch.setattr(engine.Transformers, "run", logits_only)
+    verdict = verify(made["gptq"], engine="transformers")
+    assert verdict.error is None
+    assert verdict.passed
+
+
+def test_wrong_requests(made, tiny, text_file, tmp_path, monkeypatch):
+    assert "did you mean 'transformers'" in run("verify", made["gptq"], "--engine", "transformer", code=2)
+    assert "not a microbat folder" in run("verify", tiny(), code=2)
+    out = compressed_tensors.export(made["gptq"], tmp_path / "ct", target="transformers")
+    assert "--engine transformers" in run("verify", out, "--engine", "microbat", code=2)
+
+    for_vllm = microbat.quantize(
+        tiny(), out=tmp_path / "q", method="rtn", scheme="W8A8:int8", calibration=str(text_file), **FAST
+    )
+    served = compressed_tensors.export(for_vllm, tmp_path / "int8", target="vllm")
+    assert "was exported for vllm; transformers would compute something else" in run("verify", served, code=2)
+
+    def missing(self, folder, tokens, layers):
+        raise ImportError("no module of that name")
+
+    monkeypatch.setattr(engine.Transformers, "run", missing)
+    assert "pip install transformers compressed-tensors" in run("verify", out, code=2)
