@@ -43,7 +43,7 @@ class SiteInput(nn.Module):
         self.transform = transform
         self.quantizer = quantizer
         self.num_consumers = num_consumers
-        self._one_pass = _one_pass(transform, quantizer)
+        self._decided: tuple[object, bool] | None = None
         self._map: native.Map | None = None
         self._shared = _Shared()
 
@@ -59,12 +59,18 @@ class SiteInput(nn.Module):
 
     def _compute(self, x: Tensor) -> Tensor:
         needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        if self._one_pass and native.available(x) and not needs_gradient and not torch.is_autocast_enabled("cpu"):
+        if self._one_pass() and native.available(x) and not needs_gradient and not torch.is_autocast_enabled("cpu"):
             return self._in_one_pass(x)
         if self.transform is not None:
             with torch.autocast(x.device.type, enabled=False):
                 x = self.transform(x.to(torch.float32))
         return x if self.quantizer is None else self.quantizer.fake(x)
+
+    def _one_pass(self) -> bool:
+        """Whether the native kernel does all of the site; asked once for a quantizer, for every token would take time."""
+        if self._decided is None or self._decided[0] is not self.quantizer:
+            self._decided = (self.quantizer, _one_pass(self.transform, self.quantizer))
+        return self._decided[1]
 
     def _in_one_pass(self, x: Tensor) -> Tensor:
         if self._map is None and self.transform is not None:
