@@ -65,9 +65,8 @@ def rest_of_scale(
     total, x_scale_ptr, scale_ptr, x_outer_ptr, outer_ptr, rows, columns, T, N, FX: tl.constexpr, F: tl.constexpr
 ):
     """Scales of rows and of tensors, which come after the sum."""
-    if FX is not None:
-        if FX.block is None:
-            total *= load_scale(x_scale_ptr + rows, rows < T, FX.scale_element)[:, None]
+    if FX is not None and FX.block is None:
+        total *= load_scale(x_scale_ptr + rows, rows < T, FX.scale_element)[:, None]
     if F.block is None:
         total *= load_scale(scale_ptr + columns, columns < N, F.scale_element)[None, :]
     if x_outer_ptr is not None:
