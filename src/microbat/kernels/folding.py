@@ -59,7 +59,7 @@ def fold_kernel(
     base = highest - 127 - HEADROOM
     exact = tl.full((R,), 1, tl.int32)
     for first in range(0, K, W):
-        values = decode(load_codes(code_ptr, rows, first, code_row, K, real, F.element, R, W), F.element)
+        values = decode(load_codes(code_ptr, rows, real, first, code_row, F.element, R, W), F.element)
         group = first // B + tl.arange(0, W // B)
         inside = real[:, None] & (group < G)[None, :]
         scale_code = tl.load(scale_ptr + rows[:, None] * G + group[None, :], mask=inside, other=0).to(tl.int32)
@@ -94,9 +94,8 @@ def folded_matmul_kernel(
         k = first + tl.arange(0, BK)
         x_inside = (rows < T)[:, None] & (k < K)[None, :]
         w_inside = (k < K)[:, None] & (columns < N)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * K + k[None, :], mask=x_inside, other=0)
-        w = tl.load(w_ptr + columns[None, :] * K + k[:, None], mask=w_inside, other=0)
-        x, w = x.to(tl.float8e4nv, bitcast=True), w.to(tl.float8e4nv, bitcast=True)
+        x = tl.load(x_ptr + rows[:, None] * K + k[None, :], mask=x_inside, other=0.0)
+        w = tl.load(w_ptr + columns[None, :] * K + k[:, None], mask=w_inside, other=0.0)
         total = tl.dot(x, w, total, max_num_imprecise_acc=BK)
     exponent = tl.load(x_exponent_ptr + rows, mask=rows < T, other=0)[:, None]
     exponent = exponent + tl.load(exponent_ptr + columns, mask=columns < N, other=0)[None, :]
@@ -155,7 +154,7 @@ def folded_matmul(
     y = torch.empty(x[0].shape[0], weight[0].shape[0], dtype=dtype, device=x[0].device)
     tile = {**TILE, "BK": FOLDED_BK}
     folded_matmul_kernel[grid_of(y)](
-        as_bytes(a.values), a.exponents, a.exact, as_bytes(w.values), w.exponents, w.exact, y, *y.shape, width,
+        a.values, a.exponents, a.exact, w.values, w.exponents, w.exact, y, *y.shape, width,
         **tile, STRIPE=STRIPE, **EXACT,
     )  # fmt: skip
     decode_tiles(y, x[0], x[1], weight, width, format, x_format, None, None, operands, done=(a.exact, w.exact))

@@ -23,7 +23,7 @@ from microbat.kernels.storage import as_bytes, load_codes, load_scale
 
 Stored = tuple[Tensor, Tensor]  # packed codes [rows, .] and scales [rows, G], as ``formats.packing.pack`` stores them
 
-TILE = {"BM": 128, "BN": 128, "BK": 64}
+TILE = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8}
 STRIPE = 8  # row tiles that take turns, so that a column tile of the weight is read from the cache
 OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 SCALED_ELEMENTS = ("e2m1", "e4m3", "e5m2")  # that tl.dot_scaled knows, by these names
@@ -50,7 +50,7 @@ def load_operand(
         inside = real[:, None] & (columns < K)[None, :]
         return tl.load(ptr + rows[:, None] * row_size + columns[None, :], mask=inside, other=0.0).to(OPERAND)
     else:
-        values = decode(load_codes(ptr, rows, first, row_size, K, real, F.element, M, W), F.element)
+        values = decode(load_codes(ptr, rows, real, first, row_size, F.element, M, W), F.element)
         if F.block is not None:
             B: tl.constexpr = F.block
             group = first // B + tl.arange(0, W // B)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from microbat.formats.block import BlockFormat
 from microbat.kernels.element import EXACT, decode
-from microbat.kernels.storage import as_bytes, load_scale, load_words
+from microbat.kernels.storage import as_bytes, load_codes, load_scale
 
 MAX_TOKENS = 16
-COLUMNS = 512
-VALUES = 4096  # of a program: T x R x W, packed words counted once
+COLUMNS = 512  # of a program at a time
+SUMMED = 32  # products that are summed first where no block says how many
+VALUES = 4096  # of a program at a time: T x R x W
 
 
 @triton.jit
@@ -26,38 +27,30 @@ def matvec_kernel(
     x_ptr, code_ptr, scale_ptr, outer_ptr, y_ptr, T, N, K, G, code_row,
     TOKENS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, B: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    E: tl.constexpr = F.element
-    J: tl.constexpr = 2 if E.bits == 4 else (4 if E.bits == 6 else 1)
-    WORD_BYTES: tl.constexpr = J * E.bits // 8
     rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     tokens = tl.arange(0, TOKENS)
     real = rows < N
-    total = tl.zeros((TOKENS, R), tl.float32)
+    total = tl.zeros((TOKENS, R, W // B), tl.float32)
     for first in range(0, K, W):
-        word = first // J + tl.arange(0, W // J)
-        inside = real[:, None] & (word * J < K)[None, :]
-        words = load_words(code_ptr, rows[:, None] * code_row + word[None, :] * WORD_BYTES, inside, E)
-        products = tl.zeros((TOKENS, R, W // J), tl.float32)
-        for j in tl.static_range(J):
-            column = word * J + j
-            x_inside = (tokens < T)[:, None] & (column < K)[None, :]
-            x = tl.load(x_ptr + tokens[:, None] * K + column[None, :], mask=x_inside, other=0.0).to(tl.float32)
-            values = decode((words >> (j * E.bits)) & ((1 << E.bits) - 1), E)
-            products += values[None, :, :] * x[:, None, :]
-        if B > W:  # one scale a row, applied in the end
-            total += tl.sum(products, 2)
-        else:
+        column = first + tl.arange(0, W)
+        inside = (tokens < T)[:, None] & (column < K)[None, :]
+        x = tl.load(x_ptr + tokens[:, None] * K + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        values = decode(load_codes(code_ptr, rows, real, first, code_row, F.element, R, W), F.element)
+        products = values[None, :, :] * x[:, None, :]
+        of_blocks = tl.sum(tl.reshape(products, (TOKENS, R, W // B, B)), 3)
+        if F.block is not None:
             group = first // B + tl.arange(0, W // B)
-            at = rows[:, None] * G + group[None, :]
-            scale = load_scale(scale_ptr + at, real[:, None] & (group < G)[None, :], F.scale_element)
-            of_blocks = tl.sum(tl.reshape(products, (TOKENS, R, W // B, B // J)), 3)
-            total += tl.sum(of_blocks * scale[None, :, :], 2)
-    if B > W:
-        total *= load_scale(scale_ptr + rows, real, F.scale_element)[None, :]
+            inside = real[:, None] & (group < G)[None, :]
+            scale = load_scale(scale_ptr + rows[:, None] * G + group[None, :], inside, F.scale_element)
+            of_blocks *= scale[None, :, :]
+        total += of_blocks
+    y = tl.sum(total, 2)
+    if F.block is None:
+        y *= load_scale(scale_ptr + rows, real, F.scale_element)[None, :]
     if outer_ptr is not None:
-        total *= tl.load(outer_ptr)
+        y *= tl.load(outer_ptr)
     at = tokens[:, None] * N + rows[None, :]
-    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=(tokens < T)[:, None] & real[None, :])
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(tokens < T)[:, None] & real[None, :])
 
 
 def matvec(x: Tensor, codes: Tensor, scales: Tensor, *, format: BlockFormat, outer: Tensor | None = None) -> Tensor:
@@ -66,12 +59,8 @@ def matvec(x: Tensor, codes: Tensor, scales: Tensor, *, format: BlockFormat, out
     tokens, rows = x.numel() // width, codes.shape[0]
     if tokens > MAX_TOKENS:
         raise ValueError(f"matvec multiplies up to {MAX_TOKENS} rows at a time, not {tokens}")
-    if format.block is None:
-        block, columns = triton.next_power_of_2(width) * COLUMNS, COLUMNS
-    else:
-        block, columns = format.block, COLUMNS
     padded = triton.next_power_of_2(tokens)
-    shape = {"TOKENS": padded, "R": max(1, VALUES // (padded * columns)), "W": columns, "B": block}
+    shape = {"TOKENS": padded, "R": max(1, VALUES // (padded * COLUMNS)), "W": COLUMNS, "B": format.block or SUMMED}
     y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
     matvec_kernel[(triton.cdiv(rows, shape["R"]),)](
         x.contiguous(), as_bytes(codes), as_bytes(scales), outer, y, tokens, rows, width, scales.shape[-1],

@@ -57,7 +57,7 @@ def quantize_kernel(
         outer = tl.load(outer_ptr)
         scale = block_scale(x, amax, outer, F, RULE)
         values = round_blocks(x, scale * outer, F)
-    store_codes(code_ptr, rows, first, code_row, tl.reshape(encode(values, E), (M, W)), inside, E, M, W)
+    store_codes(code_ptr, rows, rows < T, first, code_row, tl.reshape(encode(values, E), (M, W)), E, M, W)
     store_scale(scale_ptr + rows[:, None] * G + group[None, :], tl.reshape(scale, (M, N)), real, S)
 
 
@@ -71,7 +71,7 @@ def dequantize_kernel(
     first = tl.program_id(0) * W
     rows = (tl.program_id(1) * M + tl.arange(0, M)).to(tl.int64)
     real = rows < T
-    codes = load_codes(code_ptr, rows, first, code_row, K, real, E, M, W)
+    codes = load_codes(code_ptr, rows, real, first, code_row, E, M, W)
     group = tl.program_id(0) * N + tl.arange(0, N)
     scale = load_scale(
         scale_ptr + rows[:, None] * G + group[None, :], real[:, None] & (group < G)[None, :], F.scale_element
@@ -100,7 +100,7 @@ def quantize(
 
     ``blocks`` [k, g, g], g a power of two from 16 on, are the diagonal blocks of the transform (``BlockDiagonal.blocks``);
     ``low`` and ``high`` [G] or [..., G] are clip ratios; ``outer`` [] is the tensor scale of a format that has one.
-    ``precision`` is Triton's ``input_precision`` of the product: ``ieee``, ``tf32x3``, ``tf32``.
+    ``precision`` is Triton's ``input_precision`` of the product: ``ieee``, ``bf16x3``, on NVIDIA ``tf32``.
     Raises ValueError for a format with a scale a row together with a transform, and for blocks that do not fit K.
     """
     width = x.shape[-1]

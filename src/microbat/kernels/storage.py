@@ -16,37 +16,31 @@ from microbat.kernels.element import decode, encode
 
 
 @triton.jit
-def store_codes(ptr, rows, first, row_bytes, codes, inside, E: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
-    """Write int32 codes [M, W]; ``rows`` [M] int64, ``first`` the column of the tile's first, ``inside`` [M, W]."""
+def store_codes(ptr, rows, real, first, row_bytes, codes, E: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
+    """Write int32 codes [M, W] from column ``first`` of ``rows`` [M] int64, where ``real`` [M], up to the rows' ends."""
     J: tl.constexpr = 2 if E.bits == 4 else (4 if E.bits == 6 else 1)
     WORD_BYTES: tl.constexpr = J * E.bits // 8
     place = tl.arange(0, J) * E.bits
     words = tl.sum(tl.reshape(codes, (M, W // J, J)) << place[None, None, :], 2)
-    some_inside = tl.max(tl.reshape(inside.to(tl.int32), (M, W // J, J)), 2) > 0
-    at = rows[:, None] * row_bytes + (first // J + tl.arange(0, W // J)[None, :]) * WORD_BYTES
+    byte = (first // J + tl.arange(0, W // J)) * WORD_BYTES
+    inside = real[:, None] & (byte < row_bytes)[None, :]
     for i in tl.static_range(WORD_BYTES):
-        tl.store(ptr + at + i, ((words >> (8 * i)) & 0xFF).to(tl.uint8), mask=some_inside)
+        tl.store(
+            ptr + rows[:, None] * row_bytes + byte[None, :] + i, ((words >> (8 * i)) & 0xFF).to(tl.uint8), mask=inside
+        )
 
 
 @triton.jit
-def load_words(ptr, at, inside, E: tl.constexpr):
-    """int32 words at the byte offsets ``at``, zero outside."""
+def load_codes(ptr, rows, real, first, row_bytes, E: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
+    """int32 codes [M, W] from column ``first`` of ``rows`` [M] int64; zero where not ``real`` [M] and beyond the rows' ends."""
     J: tl.constexpr = 2 if E.bits == 4 else (4 if E.bits == 6 else 1)
     WORD_BYTES: tl.constexpr = J * E.bits // 8
-    words = tl.load(ptr + at, mask=inside, other=0).to(tl.int32)
+    byte = (first // J + tl.arange(0, W // J)) * WORD_BYTES
+    inside = real[:, None] & (byte < row_bytes)[None, :]
+    at = ptr + rows[:, None] * row_bytes + byte[None, :]
+    words = tl.load(at, mask=inside, other=0).to(tl.int32)
     for i in tl.static_range(1, WORD_BYTES):
-        words |= tl.load(ptr + at + i, mask=inside, other=0).to(tl.int32) << (8 * i)
-    return words
-
-
-@triton.jit
-def load_codes(ptr, rows, first, row_bytes, width, real, E: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
-    """int32 codes [M, W] from column ``first`` of ``rows`` [M] int64; zero beyond ``width`` and where not ``real`` [M]."""
-    J: tl.constexpr = 2 if E.bits == 4 else (4 if E.bits == 6 else 1)
-    WORD_BYTES: tl.constexpr = J * E.bits // 8
-    word = first // J + tl.arange(0, W // J)
-    inside = real[:, None] & (word * J < width)[None, :]
-    words = load_words(ptr, rows[:, None] * row_bytes + word[None, :] * WORD_BYTES, inside, E)
+        words |= tl.load(at + i, mask=inside, other=0).to(tl.int32) << (8 * i)
     codes = (words[:, :, None] >> (tl.arange(0, J) * E.bits)[None, None, :]) & ((1 << E.bits) - 1)
     return tl.reshape(codes, (M, W))
 
