@@ -11,7 +11,7 @@ from microbat.quantizers.base import AbsMax
 pytest.importorskip("triton")
 kernels = pytest.importorskip("microbat.kernels.gptq")
 
-N, K = 21, 80
+N, K = 13, 80
 
 
 def problem(seed=0):

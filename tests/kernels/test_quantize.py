@@ -112,6 +112,14 @@ def test_gpk_with_clip_differs_by_neighbouring_codes_at_most(block, g1, width):
     assert steps[differ].abs().le(1).all()
 
 
+def test_the_tensor_scale_of_a_transformed_activation():
+    transform, x = BlockHadamard(width=192, block=64), small_integers(70, 192)
+    amax = kernels.transformed_amax(x, transform.blocks(), format=NVFP4)
+    assert torch.equal(amax, transform(x).abs().amax())
+    x[3, 100] = float("nan")
+    assert kernels.transformed_amax(x, transform.blocks(), format=NVFP4).isnan()
+
+
 def test_bfloat16_input_is_read_as_it_is():
     x = outliers(4, 64).to(torch.bfloat16)
     codes, scales, _ = stored(AbsMax(format=MXFP4).quantize(x))

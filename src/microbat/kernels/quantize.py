@@ -16,10 +16,42 @@ from torch import Tensor
 
 from microbat.formats.block import BlockFormat
 from microbat.formats.packing import CODE_DTYPES, SCALE_DTYPES
-from microbat.kernels.element import EXACT, block_scale, bounds, clip, decode, encode, largest_magnitude, round_blocks
+from microbat.kernels.element import (
+    EXACT,
+    bits_of,
+    block_scale,
+    bounds,
+    clip,
+    decode,
+    encode,
+    largest_magnitude,
+    round_blocks,
+)
 from microbat.kernels.storage import as_bytes, load_codes, load_scale, row_bytes, store_codes, store_scale
 
 ROWS, COLUMNS = 64, 128  # of a program, where nothing else sets them
+
+
+@triton.jit
+def load_transformed(x_ptr, matrix_ptr, rows, T, K, M: tl.constexpr, W: tl.constexpr, PRECISION: tl.constexpr):
+    """float32 [M, W]: this program's columns of ``rows`` [M] int64, times their block of the transform; zero outside."""
+    columns = tl.program_id(0) * W + tl.arange(0, W)
+    inside = (rows < T)[:, None] & (columns < K)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * K + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    if matrix_ptr is not None:
+        lanes = tl.arange(0, W)
+        matrix = tl.load(matrix_ptr + tl.program_id(0).to(tl.int64) * W * W + lanes[:, None] * W + lanes[None, :])
+        x = tl.dot(x, matrix, input_precision=PRECISION)
+    return x
+
+
+@triton.jit
+def amax_kernel(
+    x_ptr, matrix_ptr, amax_ptr, T, K, M: tl.constexpr, W: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    rows = (tl.program_id(1) * M + tl.arange(0, M)).to(tl.int64)
+    x = load_transformed(x_ptr, matrix_ptr, rows, T, K, M, W, PRECISION)
+    tl.atomic_max(amax_ptr, tl.max(bits_of(largest_magnitude(x)), 0))  # as integers: NaN is the largest
 
 
 @triton.jit
@@ -32,13 +64,7 @@ def quantize_kernel(
     N: tl.constexpr = W // B  # format blocks in a row of the tile
     first = tl.program_id(0) * W
     rows = (tl.program_id(1) * M + tl.arange(0, M)).to(tl.int64)
-    columns = first + tl.arange(0, W)
-    inside = (rows < T)[:, None] & (columns < K)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * K + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    if matrix_ptr is not None:
-        lanes = tl.arange(0, W)
-        matrix = tl.load(matrix_ptr + tl.program_id(0).to(tl.int64) * W * W + lanes[:, None] * W + lanes[None, :])
-        x = tl.dot(x, matrix, input_precision=PRECISION)
+    x = load_transformed(x_ptr, matrix_ptr, rows, T, K, M, W, PRECISION)
     x = tl.reshape(x, (M * N, B))
     group = tl.program_id(0) * N + tl.arange(0, N)
     real = (rows < T)[:, None] & (group < G)[None, :]
@@ -131,6 +157,21 @@ def quantize(
     if format.element.bits == 8:
         codes = codes.view(CODE_DTYPES.get(format.element.name, torch.int8))
     return codes, scales
+
+
+def transformed_amax(x: Tensor, blocks: Tensor, *, format: BlockFormat, precision: str = "ieee") -> Tensor:
+    """The largest magnitude [] of ``x`` [..., K] times the transform's blocks, float32, in one read of x.
+
+    What the tensor scale of a format such as NVFP4 comes from, before :func:`quantize` can begin; arguments as there.
+    """
+    width = x.shape[-1]
+    matrices = _matrices(blocks, format, width)
+    tile = {"W": matrices.shape[-1], "M": ROWS}
+    rows = x.numel() // width
+    amax = torch.zeros((), dtype=torch.int32, device=x.device)
+    grid = (triton.cdiv(width, tile["W"]), triton.cdiv(rows, tile["M"]))
+    amax_kernel[grid](x.contiguous(), matrices, amax, rows, width, **tile, PRECISION=precision, **EXACT)
+    return amax.view(torch.float32)
 
 
 def dequantize(
