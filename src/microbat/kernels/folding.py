@@ -25,9 +25,9 @@ from torch import Tensor
 
 from microbat.formats.block import BlockFormat
 from microbat.formats.element import E4M3, Element
-from microbat.kernels.element import EXACT, decode, encode, power_of_two, round_to
+from microbat.kernels.element import EXACT, encode, power_of_two, round_to
 from microbat.kernels.matmul import STRIPE, TILE, Stored, decode_tiles, grid_of, tile_of
-from microbat.kernels.storage import as_bytes, load_codes
+from microbat.kernels.storage import as_bytes, load_values
 
 ROWS, COLUMNS = 4, 1024  # of a program of ``fold``, at a time
 FOLDED_BK = 128  # columns whose products Hopper sums at reduced precision before they join the float32 total
@@ -59,7 +59,7 @@ def fold_kernel(
     base = highest - 127 - HEADROOM
     exact = tl.full((R,), 1, tl.int32)
     for first in range(0, K, W):
-        values = decode(load_codes(code_ptr, rows, real, first, code_row, F.element, R, W), F.element)
+        values = load_values(code_ptr, rows, real, first, code_row, F, R, W)
         group = first // B + tl.arange(0, W // B)
         inside = real[:, None] & (group < G)[None, :]
         scale_code = tl.load(scale_ptr + rows[:, None] * G + group[None, :], mask=inside, other=0).to(tl.int32)

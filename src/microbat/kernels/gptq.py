@@ -26,6 +26,7 @@ def gptq_kernel(
     work_ptr, factor_ptr, row_scale_ptr, outer_ptr, code_ptr, scale_ptr, error_ptr, N, width, factor_row, G,
     C: tl.constexpr, B: tl.constexpr, R: tl.constexpr, F: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
+    E: tl.constexpr = F.element
     rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     columns = tl.arange(0, C)
     real = rows < N
@@ -49,7 +50,7 @@ def gptq_kernel(
         for column in range(block * B, tl.minimum(block * B + B, width)):
             value = tl.sum(tl.where((columns == column)[None, :], work, 0.0), 1)
             rounded = tl.reshape(round_blocks(value[:, None], product, F), (R,))
-            tl.store(code_ptr + column * N + rows, encode(rounded, F.element).to(tl.uint8), mask=real)
+            tl.store(code_ptr + column * N + rows, encode(rounded, E).to(tl.uint8), mask=real)
             diagonal = tl.load(factor_ptr + column * factor_row + column)
             error = tl.div_rn(value - rounded * product, diagonal)
             tl.store(error_ptr + column * N + rows, error, mask=real)

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from microbat.formats.block import BlockFormat
-from microbat.kernels.element import EXACT, decode
-from microbat.kernels.storage import as_bytes, load_codes, load_scale
+from microbat.kernels.element import EXACT
+from microbat.kernels.storage import as_bytes, load_scale, load_values
 
 Stored = tuple[Tensor, Tensor]  # packed codes [rows, .] and scales [rows, G], as ``formats.packing.pack`` stores them
 
@@ -50,12 +50,12 @@ def load_operand(
         inside = real[:, None] & (columns < K)[None, :]
         return tl.load(ptr + rows[:, None] * row_size + columns[None, :], mask=inside, other=0.0).to(OPERAND)
     else:
-        values = decode(load_codes(ptr, rows, real, first, row_size, F.element, M, W), F.element)
+        values = load_values(ptr, rows, real, first, row_size, F, M, W)
         if F.block is not None:
             B: tl.constexpr = F.block
             group = first // B + tl.arange(0, W // B)
             inside = real[:, None] & (group < G)[None, :]
-            scale = load_scale(scale_ptr + rows[:, None] * G + group[None, :], inside, F.scale_element)
+            scale = load_scale(scale_ptr + rows[:, None] * G + group[None, :], inside, F)
             values = tl.reshape(tl.reshape(values, (M, W // B, B)) * scale[:, :, None], (M, W))
         return values.to(OPERAND)
 
@@ -66,9 +66,9 @@ def rest_of_scale(
 ):
     """Scales of rows and of tensors, which come after the sum."""
     if FX is not None and FX.block is None:
-        total *= load_scale(x_scale_ptr + rows, rows < T, FX.scale_element)[:, None]
+        total *= load_scale(x_scale_ptr + rows, rows < T, FX)[:, None]
     if F.block is None:
-        total *= load_scale(scale_ptr + columns, columns < N, F.scale_element)[None, :]
+        total *= load_scale(scale_ptr + columns, columns < N, F)[None, :]
     if x_outer_ptr is not None:
         total *= tl.load(x_outer_ptr)
     if outer_ptr is not None:

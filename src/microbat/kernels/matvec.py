@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from microbat.formats.block import BlockFormat
-from microbat.kernels.element import EXACT, decode
-from microbat.kernels.storage import as_bytes, load_codes, load_scale
+from microbat.kernels.element import EXACT
+from microbat.kernels.storage import as_bytes, load_scale, load_values
 
 MAX_TOKENS = 16
 COLUMNS = 512  # of a program at a time
@@ -35,18 +35,18 @@ def matvec_kernel(
         column = first + tl.arange(0, W)
         inside = (tokens < T)[:, None] & (column < K)[None, :]
         x = tl.load(x_ptr + tokens[:, None] * K + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        values = decode(load_codes(code_ptr, rows, real, first, code_row, F.element, R, W), F.element)
+        values = load_values(code_ptr, rows, real, first, code_row, F, R, W)
         products = values[None, :, :] * x[:, None, :]
         of_blocks = tl.sum(tl.reshape(products, (TOKENS, R, W // B, B)), 3)
         if F.block is not None:
             group = first // B + tl.arange(0, W // B)
             inside = real[:, None] & (group < G)[None, :]
-            scale = load_scale(scale_ptr + rows[:, None] * G + group[None, :], inside, F.scale_element)
+            scale = load_scale(scale_ptr + rows[:, None] * G + group[None, :], inside, F)
             of_blocks *= scale[None, :, :]
         total += of_blocks
     y = tl.sum(total, 2)
     if F.block is None:
-        y *= load_scale(scale_ptr + rows, real, F.scale_element)[None, :]
+        y *= load_scale(scale_ptr + rows, real, F)[None, :]
     if outer_ptr is not None:
         y *= tl.load(outer_ptr)
     at = tokens[:, None] * N + rows[None, :]

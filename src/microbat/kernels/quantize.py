@@ -22,12 +22,10 @@ from microbat.kernels.element import (
     block_scale,
     bounds,
     clip,
-    decode,
-    encode,
     largest_magnitude,
     round_blocks,
 )
-from microbat.kernels.storage import as_bytes, load_codes, load_scale, row_bytes, store_codes, store_scale
+from microbat.kernels.storage import as_bytes, load_scale, load_values, row_bytes, store_scale, store_values
 
 ROWS, COLUMNS = 64, 128  # of a program, where nothing else sets them
 
@@ -59,8 +57,6 @@ def quantize_kernel(
     x_ptr, matrix_ptr, low_ptr, high_ptr, outer_ptr, code_ptr, scale_ptr, T, K, G, code_row, ratio_row,
     M: tl.constexpr, W: tl.constexpr, B: tl.constexpr, F: tl.constexpr, RULE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    E: tl.constexpr = F.element
-    S: tl.constexpr = F.scale_element
     N: tl.constexpr = W // B  # format blocks in a row of the tile
     first = tl.program_id(0) * W
     rows = (tl.program_id(1) * M + tl.arange(0, M)).to(tl.int64)
@@ -83,8 +79,8 @@ def quantize_kernel(
         outer = tl.load(outer_ptr)
         scale = block_scale(x, amax, outer, F, RULE)
         values = round_blocks(x, scale * outer, F)
-    store_codes(code_ptr, rows, rows < T, first, code_row, tl.reshape(encode(values, E), (M, W)), E, M, W)
-    store_scale(scale_ptr + rows[:, None] * G + group[None, :], tl.reshape(scale, (M, N)), real, S)
+    store_values(code_ptr, rows, rows < T, first, code_row, tl.reshape(values, (M, W)), F, M, W)
+    store_scale(scale_ptr + rows[:, None] * G + group[None, :], tl.reshape(scale, (M, N)), real, F)
 
 
 @triton.jit
@@ -92,19 +88,16 @@ def dequantize_kernel(
     code_ptr, scale_ptr, outer_ptr, y_ptr, T, K, G, code_row,
     M: tl.constexpr, W: tl.constexpr, B: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    E: tl.constexpr = F.element
     N: tl.constexpr = W // B
     first = tl.program_id(0) * W
     rows = (tl.program_id(1) * M + tl.arange(0, M)).to(tl.int64)
     real = rows < T
-    codes = load_codes(code_ptr, rows, real, first, code_row, E, M, W)
+    values = load_values(code_ptr, rows, real, first, code_row, F, M, W)
     group = tl.program_id(0) * N + tl.arange(0, N)
-    scale = load_scale(
-        scale_ptr + rows[:, None] * G + group[None, :], real[:, None] & (group < G)[None, :], F.scale_element
-    )
+    scale = load_scale(scale_ptr + rows[:, None] * G + group[None, :], real[:, None] & (group < G)[None, :], F)
     if outer_ptr is not None:
         scale *= tl.load(outer_ptr)
-    values = tl.reshape(decode(codes, E), (M, N, B)) * scale[:, :, None]
+    values = tl.reshape(values, (M, N, B)) * scale[:, :, None]
     columns = first + tl.arange(0, W)
     inside = real[:, None] & (columns < K)[None, :]
     y = tl.reshape(values, (M, W)).to(y_ptr.dtype.element_ty)

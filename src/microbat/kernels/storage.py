@@ -16,12 +16,13 @@ from microbat.kernels.element import decode, encode
 
 
 @triton.jit
-def store_codes(ptr, rows, real, first, row_bytes, codes, E: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
-    """Write int32 codes [M, W] from column ``first`` of ``rows`` [M] int64, where ``real`` [M], up to the rows' ends."""
+def store_values(ptr, rows, real, first, row_bytes, values, F: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
+    """Write the codes of values [M, W] on the grid, from column ``first`` of the ``real`` ones of ``rows`` [M] int64."""
+    E: tl.constexpr = F.element
     J: tl.constexpr = 2 if E.bits == 4 else (4 if E.bits == 6 else 1)
     WORD_BYTES: tl.constexpr = J * E.bits // 8
     place = tl.arange(0, J) * E.bits
-    words = tl.sum(tl.reshape(codes, (M, W // J, J)) << place[None, None, :], 2)
+    words = tl.sum(tl.reshape(encode(values, E), (M, W // J, J)) << place[None, None, :], 2)
     byte = (first // J + tl.arange(0, W // J)) * WORD_BYTES
     inside = real[:, None] & (byte < row_bytes)[None, :]
     for i in tl.static_range(WORD_BYTES):
@@ -31,8 +32,9 @@ def store_codes(ptr, rows, real, first, row_bytes, codes, E: tl.constexpr, M: tl
 
 
 @triton.jit
-def load_codes(ptr, rows, real, first, row_bytes, E: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
-    """int32 codes [M, W] from column ``first`` of ``rows`` [M] int64; zero where not ``real`` [M] and beyond the rows' ends."""
+def load_values(ptr, rows, real, first, row_bytes, F: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
+    """float32 values [M, W] from column ``first`` of ``rows`` [M] int64; of code 0 outside them or in rows not ``real``."""
+    E: tl.constexpr = F.element
     J: tl.constexpr = 2 if E.bits == 4 else (4 if E.bits == 6 else 1)
     WORD_BYTES: tl.constexpr = J * E.bits // 8
     byte = (first // J + tl.arange(0, W // J)) * WORD_BYTES
@@ -42,11 +44,12 @@ def load_codes(ptr, rows, real, first, row_bytes, E: tl.constexpr, M: tl.constex
     for i in tl.static_range(1, WORD_BYTES):
         words |= tl.load(at + i, mask=inside, other=0).to(tl.int32) << (8 * i)
     codes = (words[:, :, None] >> (tl.arange(0, J) * E.bits)[None, None, :]) & ((1 << E.bits) - 1)
-    return tl.reshape(codes, (M, W))
+    return decode(tl.reshape(codes, (M, W)), E)
 
 
 @triton.jit
-def store_scale(ptr, scale, inside, S: tl.constexpr):
+def store_scale(ptr, scale, inside, F: tl.constexpr):
+    S: tl.constexpr = F.scale_element
     if S.bits == 8:
         tl.store(ptr, encode(scale, S).to(tl.uint8), mask=inside)
     else:
@@ -54,8 +57,9 @@ def store_scale(ptr, scale, inside, S: tl.constexpr):
 
 
 @triton.jit
-def load_scale(ptr, inside, S: tl.constexpr):
+def load_scale(ptr, inside, F: tl.constexpr):
     """float32 scales; outside, that of code 0."""
+    S: tl.constexpr = F.scale_element
     if S.bits == 8:
         return decode(tl.load(ptr, mask=inside, other=0).to(tl.int32), S)
     else:
