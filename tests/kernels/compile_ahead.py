@@ -15,7 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from microbat.formats.element import E4M3
-from microbat.formats.microscaling import MXFP4, MXFP8_E4M3, NVFP4
+from microbat.formats.integer import INT4_GROUP, INT8_ROW
+from microbat.formats.microscaling import MXFP4, MXFP6_E3M2, MXFP8_E4M3, NVFP4
 from microbat.kernels import fake_quantize, folding, gptq, matmul, matvec, quantize
 from microbat.kernels.element import EXACT
 
@@ -89,6 +90,34 @@ CASES = {
         gptq.gptq_kernel,
         {"work_ptr": "*fp32", "factor_ptr": "*fp32", "code_ptr": "*u8", "scale_ptr": "*fp32", "error_ptr": "*fp32",
          "C": 128, "B": 32, "R": 16, "F": MXFP4, "RULE": "even"},
+    ),
+}  # fmt: skip
+# The same kernels for other formats, and with what is optional.
+CASES |= {
+    "fake_mse": (fake_quantize.forward_kernel, FAKE | {"y_ptr": "*fp32", "RULE": "mse"}),
+    "fake_row": (
+        fake_quantize.forward_kernel,
+        FAKE | {"y_ptr": "*fp32", "F": INT8_ROW, "RULE": "absmax", "B": 3000, "L": 4096, "R": 1},
+    ),
+    "pack_mxfp6": (quantize.quantize_kernel, PACK | {"W": 128, "F": MXFP6_E3M2, "RULE": "mse"}),
+    "pack_int4": (quantize.quantize_kernel, PACK | {"W": 128, "F": INT4_GROUP, "RULE": "absmax", "scale_ptr": "*bf16"}),
+    "pack_row": (
+        quantize.quantize_kernel,
+        PACK | {"W": 4096, "B": 4096, "M": 2, "F": INT8_ROW, "RULE": "absmax", "scale_ptr": "*fp32"},
+    ),
+    "amax": (
+        quantize.amax_kernel,
+        {"x_ptr": "*bf16", "matrix_ptr": "*fp32", "amax_ptr": "*i32", "M": 64, "W": 32, "PRECISION": "ieee"},
+    ),
+    "matvec_nvfp4": (matvec.matvec_kernel, CASES["matvec"][1] | {"F": NVFP4, "B": 16, "outer_ptr": "*fp32", "TOKENS": 8, "R": 1}),
+    "matvec_row": (matvec.matvec_kernel, CASES["matvec"][1] | {"F": INT8_ROW, "scale_ptr": "*fp32"}),
+    "fallback": (
+        matmul.matmul_kernel,
+        SCALED | {"BK": 64, "OPERAND": tl.bfloat16, "x_done_ptr": "*i32", "done_ptr": "*i32"},
+    ),
+    "gptq_row": (
+        gptq.gptq_kernel,
+        CASES["gptq"][1] | {"F": INT8_ROW, "RULE": "absmax", "B": 128, "row_scale_ptr": "*fp32", "scale_ptr": "*fp32"},
     ),
 }  # fmt: skip
 
