@@ -8,6 +8,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from microbat.cli import app
+from microbat.evaluation.generation import Served
 from microbat.recipe import Recipe
 
 FAST = ["--num-calibration-samples", "8", "--max-seq-length", "32", "--precision", "float32"]
@@ -72,12 +73,69 @@ def test_eval_tasks_from_local_copies(folder, tmp_path):
     assert "piqa" in output
 
 
+def gsm8k(folder):
+    (folder / "gsm8k").mkdir(parents=True)
+    rows = [{"question": f"How many is {i}?", "answer": f"#### {i}"} for i in range(1, 5)]
+    (folder / "gsm8k" / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder
+
+
+def test_eval_of_answers_in_the_models_own_words(folder, tmp_path):
+    command = ["eval", f"mine={folder}", "--tasks", "gsm8k", "--data", gsm8k(tmp_path / "data"), "--limit", "3"]
+    command += ["--set", "max_new_tokens=6", "--set", "samples=2", "--answers", tmp_path / "answers"]
+    output = run(*command, "--json", tmp_path / "n.json")
+    result = json.loads((tmp_path / "n.json").read_text())
+    assert list(result["models"]) == ["float", "mine"]
+    for name, row in result["models"].items():
+        score = row["tasks"]["gsm8k"]
+        assert (score["n"], score["samples"], score["truncated"]) == (3, 2, 6)
+        assert f"{score['unparsed']} unparsed" in output
+        assert len((tmp_path / "answers" / name / "gsm8k.jsonl").read_text().splitlines()) == 1 + 6
+        assert row["recovery"] is None  # random weights are never right
+    run(*command, "--json", tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == result
+    assert "top_k: 20, now 5" in run(*command, "--set", "top_k=5", code=2)
+
+
+def test_eval_of_a_served_model(tmp_path, monkeypatch):
+    def ask(self, path, body=None):
+        prompt = body and body["messages"][0]["content"]
+        served = {"data": [{"id": "tiny"}]}
+        wise = prompt and (self.url.endswith("float") or "How many is 3?" not in prompt)
+        text = f"\\boxed{{{prompt[12] if wise else '?'}}}" if prompt else ""
+        return {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]} if body else served
+
+    monkeypatch.setattr(Served, "_ask", ask)
+    command = ["--tasks", "gsm8k", "--data", gsm8k(tmp_path / "data"), "--answers", tmp_path / "answers"]
+    output = run("eval", "float=http://float", "w4=http://w4", *command, "--json", tmp_path / "n.json")
+    models = json.loads((tmp_path / "n.json").read_text())["models"]
+    assert [row["tasks"]["gsm8k"]["score"] for row in models.values()] == [1.0, 0.75]
+    assert [row["recovery"] for row in models.values()] == [100.0, 75.0]
+    assert [row["recovery_stderr"] for row in models.values()] == [None, pytest.approx(25.0)]
+    assert models["w4"]["tasks"]["gsm8k"]["stderr"] == pytest.approx(0.25)
+    assert "0.750 ± 0.250 (1 unparsed of 4)" in output
+    run("eval", "alone=http://w4", *command, "--json", tmp_path / "n.json")
+    assert json.loads((tmp_path / "n.json").read_text())["models"]["alone"]["recovery"] is None
+
+
+def test_bad_requests_for_answers_are_refused_before_any_model_is_loaded(tmp_path):
+    eval_ = ["eval", "mine=no/such/model", "--data", tmp_path]
+    assert "math500/test.jsonl" in run(*eval_, "--tasks", "math500", code=2)
+    assert "did you mean 'gsm8k'" in run(*eval_, "--tasks", "gsm9k", code=2)
+    assert "did you mean 'top_k'" in run(*eval_, "--tasks", "gsm8k", "--set", "topk=3", code=2)
+    assert "piqa need a model's likelihoods" in run("eval", "mine=http://here", "--tasks", "piqa,gsm8k", code=2)
+
+
 def test_lists():
     assert "mxfp6_e3m2" in run("list", "formats")
     methods = run("list", "methods")
     assert "batquant" in methods
     assert "--set damping=0.01" in methods
     assert "qwen3" in run("list", "families")
+    benchmarks = run("list", "benchmarks")
+    assert "Avg@16" in benchmarks
+    assert "gpqa/gpqa_diamond.jsonl" in benchmarks
+    assert "arc_challenge" in benchmarks
     assert "W4A4KV16" in run("list", "schemes")
 
 

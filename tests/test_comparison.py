@@ -1,5 +1,6 @@
 """``microbat compare`` end to end on a tiny model: the numbers, resumption, failures, the folder of another comparison."""
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -9,8 +10,9 @@ import yaml
 from typer.testing import CliRunner
 
 import microbat
-from microbat import comparison, pipeline
+from microbat import comparison, measure, pipeline
 from microbat.cli import app
+from microbat.evaluation.benchmarks import BENCHMARKS
 from microbat.evaluation.quality import recovery
 
 LABELS = ["RTN", "GPTQ", "BATQuant + RTN", "BATQuant + GPTQ"]
@@ -84,15 +86,15 @@ def without_times(result: dict) -> dict:
     return plain
 
 
-def spy(monkeypatch, name: str) -> list:
-    """First positional argument of every call of a function of the pipeline."""
-    calls, original = [], getattr(pipeline, name)
+def spy(monkeypatch, module, name: str) -> list:
+    """First positional argument of every call of a module's function."""
+    calls, original = [], getattr(module, name)
 
     def called(first, *args, **kwargs):
         calls.append(first)
         return original(first, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, name, called)
+    monkeypatch.setattr(module, name, called)
     return calls
 
 
@@ -136,7 +138,7 @@ def test_standings_name_one_best_and_what_cannot_be_told_from_it(whole):
 
 
 def test_calibration_tokens_and_float_passes_are_shared(content, tmp_path, monkeypatch):
-    passes = spy(monkeypatch, "evaluate")
+    passes = spy(monkeypatch, measure, "evaluate")
     microbat.compare(save(content, tmp_path), out=tmp_path / "out", quick=True)
     assert [list(models) for models in passes] == [["float", "rtn-w4a4kv16-seed0", "batquant-w4a4kv16-seed0"]]
     assert len(list((tmp_path / "out" / "tokens").iterdir())) == 1
@@ -144,7 +146,7 @@ def test_calibration_tokens_and_float_passes_are_shared(content, tmp_path, monke
 
 
 def test_a_finished_comparison_is_not_made_again(whole, suite, monkeypatch):
-    runs, passes = spy(monkeypatch, "run"), spy(monkeypatch, "evaluate")
+    runs, passes = spy(monkeypatch, pipeline, "run"), spy(monkeypatch, measure, "evaluate")
     again = microbat.compare(suite, out=whole[0])
     assert (runs, passes) == ([], [])
     assert again == whole[1]
@@ -166,9 +168,9 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(suite, whole, tmp
             microbat.compare(suite, out=tmp_path / "out")
     assert len(list((tmp_path / "out" / "cells").glob("*.partial"))) == 1
 
-    monkeypatch.setattr(pipeline, "held_together", lambda model: 6)  # five cells beside the float model
+    monkeypatch.setattr(measure, "held_together", lambda model: 6)  # five cells beside the float model
     with monkeypatch.context() as patch:
-        runs, original, passes = spy(patch, "run"), pipeline.evaluate, []
+        runs, original, passes = spy(patch, pipeline, "run"), measure.evaluate, []
 
         def stop_in_the_second_pass(models, **options):
             passes.append(list(models)[1:])
@@ -176,12 +178,12 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(suite, whole, tmp
                 raise KeyboardInterrupt
             return original(models, **options)
 
-        patch.setattr(pipeline, "evaluate", stop_in_the_second_pass)
+        patch.setattr(measure, "evaluate", stop_in_the_second_pass)
         with pytest.raises(KeyboardInterrupt):
             microbat.compare(suite, out=tmp_path / "out")
     assert len(runs) == 14 - 3
 
-    runs, rest = spy(monkeypatch, "run"), spy(monkeypatch, "evaluate")
+    runs, rest = spy(monkeypatch, pipeline, "run"), spy(monkeypatch, measure, "evaluate")
     result = microbat.compare(suite, out=tmp_path / "out")
     assert runs == []
     assert [len(models) - 1 for models in rest] == [5, 4]
@@ -194,7 +196,7 @@ def test_another_text_is_measured_anew_without_quantizing_again(content, tmp_pat
     first = microbat.compare(suite, out=out, quick=True)
     other = tmp_path / "other.txt"
     other.write_text(text_file.read_text()[5000:])
-    runs = spy(monkeypatch, "run")
+    runs = spy(monkeypatch, pipeline, "run")
     second = microbat.compare(suite, out=out, quick=True, text=str(other))
     assert runs == []
     assert second["evaluation"]["text"] == "other.txt"
@@ -244,12 +246,12 @@ def test_benchmarks_give_recovery(content, tmp_path, monkeypatch):
     }
     asked = []
 
-    def score(model, tasks, *, data, limit):
+    def score(model, tasks, *, answers):
         asked.append(str(model))
         chosen = scores["float" if str(model) == content["model"] else "other"]
-        return {task: dict(zip(("score", "stderr"), chosen[task], strict=True)) for task in tasks}
+        return {task: dict(zip(("score", "stderr"), chosen[task], strict=True)) for task in tasks.names}
 
-    monkeypatch.setattr(pipeline, "task_scores", score)
+    monkeypatch.setattr(measure, "task_scores", score)
     evaluation = {**content["evaluation"], "tasks": ["piqa", "boolq"], "limit": 5}
     suite = save({**content, "evaluation": evaluation}, tmp_path)
     result = microbat.compare(suite, out=tmp_path / "out", quick=True)
@@ -257,10 +259,63 @@ def test_benchmarks_give_recovery(content, tmp_path, monkeypatch):
     expected = recovery({"piqa": 0.6, "boolq": 0.5}, {"piqa": 0.8, "boolq": 0.5})
     assert found["value"] == pytest.approx(expected) == 87.5
     assert found["error"] == pytest.approx(100 * ((0.02 / 0.8) ** 2 + (0.04 / 0.5) ** 2) ** 0.5 / 2)
+    assert entry(result, "RTN")["tasks"]["piqa"] == {"value": 0.6, "error": 0.02, "over": "items", "n": None}
     assert {e["standing"]["recovery"] for e in result["groups"][0]["entries"]} == {"best", "tied"}
     assert asked[0] == content["model"]
     microbat.compare(suite, out=tmp_path / "out", quick=True)
     assert len(asked) == 3
+
+
+def test_answers_in_the_models_own_words_are_kept_apart_for_each_way_of_drawing_them(content, tmp_path, monkeypatch):
+    (tmp_path / "gsm8k").mkdir()
+    rows = [{"question": f"How many is {i}?", "answer": f"#### {i}"} for i in range(1, 4)]
+    (tmp_path / "gsm8k" / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    drawn = []
+
+    def verdict_of_a_draw(fields):
+        return lambda text: drawn.append(text) or len(drawn) % 3 != 0
+
+    monkeypatch.setitem(BENCHMARKS, "gsm8k", dataclasses.replace(BENCHMARKS["gsm8k"], judge=verdict_of_a_draw))
+    sampling = {"max_new_tokens": 5, "samples": 2}
+    evaluation = {**content["evaluation"], "tasks": ["gsm8k"], "data": str(tmp_path), "sampling": sampling}
+    changed = {**content, "evaluation": evaluation}
+    out = tmp_path / "out"
+    done = CliRunner().invoke(
+        app, ["compare", "--suite", str(save(changed, tmp_path)), "--quick", "--out", str(out)], env={"COLUMNS": "200"}
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads((out / "comparison.json").read_text())
+    score = {"over": "items", "unparsed": 0, "truncated": 6, "samples": 2, "n": 3}
+    assert result["tasks"]["gsm8k"].items() >= score.items()
+    found = entry(result, "RTN")
+    assert found["tasks"]["gsm8k"].items() >= score.items()
+    assert found["recovery"]["value"] == pytest.approx(
+        100 * found["tasks"]["gsm8k"]["value"] / result["tasks"]["gsm8k"]["value"]
+    )
+    assert "Tiny, W4A4KV16: benchmarks" in done.output
+    for place in (done.output, (out / "comparison.html").read_text()):
+        assert "(6 truncated of 6)" in place
+    assert len(drawn) == 3 * 6
+
+    (out / "numbers.json").unlink()
+    microbat.compare(tmp_path / "tiny.yaml", out=out, quick=True)
+    assert len(drawn) == 3 * 6  # judged before, kept since
+    sampling["top_k"] = 5
+    microbat.compare(save(changed, tmp_path), out=out, quick=True)
+    assert len(drawn) == 2 * 3 * 6
+
+
+def test_benchmarks_that_the_float_model_fails_leave_recovery_out(content, tmp_path, monkeypatch):
+    scores = {"piqa": {"score": 0.0, "stderr": None}}
+    monkeypatch.setattr(measure, "task_scores", lambda model, tasks, *, answers: scores)
+    evaluation = {**content["evaluation"], "tasks": ["piqa"]}
+    suite = save({**content, "evaluation": evaluation}, tmp_path)
+    done = CliRunner().invoke(app, ["compare", "--suite", str(suite), "--quick", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "failed" not in done.output
+    result = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert "recovery" not in entry(result, "RTN")
+    assert entry(result, "RTN")["tasks"]["piqa"]["value"] == 0
 
 
 class TestBadInput:
@@ -291,6 +346,8 @@ class TestBadInput:
         self.fails({**content, "evaluation": {**evaluation, "window": 10**6}}, tmp_path, "fewer than one window")
         wrong = {**evaluation, "tasks": ["pika"], "data": str(tmp_path)}
         self.fails({**content, "evaluation": wrong}, tmp_path, "unknown task 'pika'; did you mean 'piqa'")
+        missing = {**evaluation, "tasks": ["math500"], "data": str(tmp_path)}
+        self.fails({**content, "evaluation": missing}, tmp_path, "math500/test.jsonl")
 
     def test_short_calibration_text_stops_everything(self, content, tmp_path):
         short = tmp_path / "short.txt"

@@ -1,5 +1,6 @@
 """The whole way: quantize, load, evaluate, report; the Q-law on the real folder; interrupted runs; bad input."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,6 +17,8 @@ import torch
 import microbat
 from microbat import pipeline
 from microbat.export import folder as folders
+from microbat.models.base import Checkpoint
+from microbat.models.llama import LLAMA
 
 FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float32"}
 
@@ -214,6 +217,13 @@ class TestBadInput:
         )
         out = microbat.quantize(odd, out=tmp_path / "ok", method="rtn", ignore=("re:down_proj$",), **FAST)
         microbat.load(out)
+
+    @pytest.mark.parametrize("method", ["quarot", "spinquant", "brq", "smoothquant"])
+    def test_a_family_without_the_sites_of_a_method(self, tiny, tmp_path, monkeypatch, method):
+        sites = tuple(dataclasses.replace(site, normed=False) for site in LLAMA.sites)
+        monkeypatch.setattr(Checkpoint, "family", dataclasses.replace(LLAMA, sites=sites))
+        message = f"method '{method}' cannot act on family 'llama': none of its sites is normed"
+        self.fails(message, tiny, tmp_path, method=method)
 
     def test_truncated_checkpoint(self, tiny, tmp_path):
         broken = tmp_path / "broken"

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from microbat.evaluation.benchmarks import BENCHMARKS
+from microbat.evaluation.generation import Sampling
 from microbat.suite import Suite
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,10 +84,24 @@ def test_model_calibration_and_text_can_be_given_from_outside(tmp_path):
     assert (suite.evaluation.text, suite.evaluation.windows) == ("words.txt", 3)
 
 
-@pytest.mark.parametrize("name", ["small", "paper-llm"])
-@pytest.mark.parametrize("quick", [False, True])
-def test_the_suites_that_come_along_are_good(name, quick):
-    assert Suite.read(ROOT / "suites" / f"{name}.yaml", quick=quick).cells()
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "suites").glob("*.yaml")))
+def test_the_suites_that_come_along_are_good(name):
+    path = ROOT / "suites" / f"{name}.yaml"
+    assert Suite.read(path).cells()
+    if "quick" in yaml.safe_load(path.read_text()):
+        assert Suite.read(path, quick=True).cells()
+
+
+def test_the_reasoning_suite_samples_as_the_paper():
+    evaluation = Suite.read(ROOT / "suites" / "paper-llm-reasoning.yaml").evaluation
+    samples = {task: BENCHMARKS[task].samples for task in evaluation.tasks}
+    assert samples == {"gsm8k": 1, "math500": 3, "aime24": 16, "aime25": 16, "gpqa_diamond": 10}
+    assert evaluation.sampling.draws == Sampling().draws
+
+
+def test_how_answers_are_sampled_is_checked_by_name(tmp_path):
+    sampling = {"temperature": 0, "samples": 2}
+    assert read(tmp_path, changed(evaluation={"sampling": sampling})).evaluation.sampling == Sampling(**sampling)
 
 
 def changed(**changes) -> dict:
@@ -119,6 +135,9 @@ def row(**fields) -> dict:
         (changed(seeds=["one"]), "entry seeds="),
         (changed(calibration={"sample": 3}), "calibration: unknown entry 'sample'; did you mean 'samples'"),
         (changed(evaluation={"window": "wide"}), "evaluation: entry window='wide'"),
+        (changed(evaluation={"sampling": {"topk": 3}}), "evaluation: unknown setting of sampling 'topk'"),
+        (changed(evaluation={"sampling": {"top_p": 2}}), "evaluation: sampling: top_p=2 is not a number above 0"),
+        (changed(evaluation={"sampling": [1]}), "evaluation: sampling is a mapping"),
         (changed(ablation=[]), "unknown entry 'ablation'; did you mean 'ablations'"),
         (changed(model=""), "no model is named; give one with --model"),
         (changed(rows=[{"label": "a b"}, {"label": "A B"}]), "labels 'a b' and 'A B' both give the name"),

@@ -14,7 +14,7 @@ _WHERE = {
     "QuantizedCache": "microbat.runtime.cache",
     "Recipe": "microbat.recipe",
     "compare": "microbat.comparison",
-    "evaluate": "microbat.pipeline",
+    "evaluate": "microbat.measure",
     "load": "microbat.pipeline",
     "quantize": "microbat.pipeline",
     "run": "microbat.pipeline",

@@ -30,6 +30,7 @@ class Listed(StrEnum):
     methods = "methods"
     families = "families"
     schemes = "schemes"
+    benchmarks = "benchmarks"
 
 
 @contextlib.contextmanager
@@ -112,26 +113,41 @@ def evaluate(
     windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 16,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     tasks: Annotated[
-        str, typer.Option(help="Benchmarks instead of a text, as piqa,arc_easy (extra: microbat[tasks]).")
+        str, typer.Option(help="Benchmarks instead of a text, as piqa,gsm8k (extra: microbat[tasks]).")
     ] = "",
     data: Annotated[Path | None, typer.Option(help="A folder of local jsonl copies of the benchmarks.")] = None,
     limit: Annotated[int | None, typer.Option(help="Items of each benchmark; all when not given.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="How answers are sampled: temperature, top_p, top_k, max_new_tokens, samples, ..."),
+    ] = None,
+    answers: Annotated[
+        Path, typer.Option(help="Where finished answers are kept; an interrupted run goes on from them.")
+    ] = Path("microbat-answers"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
 ) -> None:
     """Measure models side by side: perplexity, KL divergence and top-1 agreement with the float model, or benchmarks.
 
+    Benchmarks in the model's own words (gsm8k, math500, aime24, aime25, gpqa_diamond, humaneval, mbpp) also take the URL
+    of an OpenAI-compatible server as a model.
+
     Example: `microbat eval float=Qwen/Qwen3-0.6B mxfp4=qwen-mxfp4 --text wikitext-2-raw`
     """
-    from microbat import pipeline
+    from microbat import measure, pipeline
+    from microbat.evaluation.generation import Sampling
+    from microbat.recipe import parse_settings
 
     with _errors():
         named = dict(_named(m) for m in models)
+        sampling = Sampling.of(parse_settings(set_ or []))
         if tasks:
-            result = pipeline.evaluate_tasks(named, tasks.split(","), data=data, limit=limit, device=device)
+            result = measure.evaluate_tasks(
+                named, tasks.split(","), data=data, limit=limit, device=device, sampling=sampling, answers=answers
+            )
             _print_tasks(result)
         else:
-            result = pipeline.evaluate(named, text=text, window=window, windows=windows, device=device)
+            result = measure.evaluate(named, text=text, window=window, windows=windows, device=device)
             _print_quality(result)
             for path in named.values():
                 pipeline.attach(path, result)
@@ -170,7 +186,7 @@ def _print_comparison(result: dict[str, Any]) -> None:
         for scheme in dict.fromkeys(entry["scheme"] for entry in group["entries"]):
             own = [entry for entry in group["entries"] if entry["scheme"] == scheme]
             table = Table(title=f"{group['title'] or result['title']}, {scheme}")
-            metrics = [("perplexity", 2), ("ratio", 3), ("kl", 4), ("recovery", 2)][: 4 if result["tasks"] else 3]
+            metrics = (("perplexity", 2), ("ratio", 3), ("kl", 4))
             for column in ("method", *(NAMES[name] for name, _ in metrics), "minutes"):
                 table.add_column(column, justify="left" if column == "method" else "right")
             for entry in own:
@@ -178,18 +194,22 @@ def _print_comparison(result: dict[str, Any]) -> None:
                 minutes = f"{entry['seconds'] / 60:.1f}" if "seconds" in entry else ""
                 table.add_row(Text(entry["label"]), *cells, minutes)
             console.print(table)
+            if result["tasks"]:
+                rows = [("float", result["tasks"], "100")]
+                rows += [(e["label"], e["tasks"], _standing(e, "recovery", 2)) for e in own if "tasks" in e]
+                _print_scores(f"{table.title}: benchmarks", rows)
             for entry in own:
                 for seed, reason in entry["failed"].items():
                     console.print(f"{entry['label']}, seed {seed}: {reason}", style="red", markup=False, soft_wrap=True)
     console.print(
-        "± over seeds where there are several, else over windows; * best, ≈ not distinguishable from the best",
+        "± over seeds where there are several, else over windows or items; * best, ≈ not distinguishable from the best",
         style="dim",
     )
 
 
 def _standing(entry: dict[str, Any], metric: str, digits: int) -> str:
     if metric not in entry:
-        return "failed"
+        return "" if entry["seeds"] else "failed"
     mark = {"best": "* ", "tied": "≈ "}.get(entry["standing"].get(metric, ""), "")
     return mark + _with_error(entry[metric]["value"], entry[metric]["error"], digits)
 
@@ -221,14 +241,24 @@ def _with_error(value: float, error: float | None, digits: int) -> str:
 
 
 def _print_tasks(result: dict[str, Any]) -> None:
-    table = Table(title=f"recovery against {result['reference']}" if result["reference"] else "benchmarks")
-    names = list(next(iter(result["models"].values()))["tasks"])
-    for column in ("model", *names, "recovery %"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    rows = []
     for name, row in result["models"].items():
-        scores = [f"{t['score']:.3f} ± {t['stderr']:.3f}" for t in row["tasks"].values()]
-        recovered = "" if row["recovery"] is None else f"{row['recovery']:.2f}"
-        table.add_row(name, *scores, recovered)
+        scores = {task: {**s, "value": s["score"], "error": s["stderr"]} for task, s in row["tasks"].items()}
+        recovered = "" if row["recovery"] is None else _with_error(row["recovery"], row["recovery_stderr"], 2)
+        rows.append((name, scores, recovered))
+    _print_scores(f"recovery against {result['reference']}" if result["reference"] else "benchmarks", rows)
+
+
+def _print_scores(title: str, rows: list[tuple[str, dict[str, Any], str]]) -> None:
+    """One row per model: its name, its benchmarks' estimates, its recovery."""
+    from microbat.report.text import remarks
+
+    table = Table(title=title)
+    for column in ("model", *rows[0][1], NAMES["recovery"]):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, scores, recovered in rows:
+        cells = [_with_error(score["value"], score["error"], 3) + remarks(score) for score in scores.values()]
+        table.add_row(Text(name), *cells, recovered)
     console.print(table)
 
 
@@ -274,13 +304,14 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
 
 
 @app.command("list")
-def list_(what: Annotated[Listed, typer.Argument(help="formats, methods, families or schemes")]) -> None:
+def list_(what: Annotated[Listed, typer.Argument(help="formats, methods, families, schemes or benchmarks")]) -> None:
     """What there is to choose from."""
     {
         Listed.formats: _list_formats,
         Listed.methods: _list_methods,
         Listed.families: _list_families,
         Listed.schemes: _list_schemes,
+        Listed.benchmarks: _list_benchmarks,
     }[what]()
 
 
@@ -333,6 +364,20 @@ def _list_schemes() -> None:
             f"[bold]{text}[/]  " + ", ".join(f"{k} {q.format.name if q else 'float'}" for k, q in roles.items()),
             highlight=False,
         )
+
+
+def _list_benchmarks() -> None:
+    from microbat.evaluation.benchmarks import BENCHMARKS
+    from microbat.evaluation.tasks import task_names
+
+    table = Table(title="answered in the model's own words")
+    for column in ("benchmark", "score", "judge", "on the hub", "file below --data"):
+        table.add_column(column)
+    for name, benchmark in BENCHMARKS.items():
+        judge = benchmark.judge.__name__
+        table.add_row(name, f"Avg@{benchmark.samples}", judge, benchmark.hub[0], benchmark.file)
+    console.print(table)
+    console.print(f"by lm-evaluation-harness, from DATA/<name>/validation.jsonl too: {', '.join(task_names())}")
 
 
 if __name__ == "__main__":

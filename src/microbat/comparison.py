@@ -2,9 +2,9 @@
 
 What is done is never done again, so that an interrupted comparison goes on. Its folder holds
 
-    cells/<name>/        the checkpoint folder of each run, with numbers.json: what it was measured to be
+    cells/<name>/        the checkpoint folder of each run, with numbers.json: what it was measured to be, and answers/
     tokens/              calibration tokens, one file for all runs on the same text
-    numbers.json         the float model's own
+    numbers.json         the float model's own, with its answers/
     comparison.json      the result, and the page of it: comparison.html
 """
 
@@ -16,17 +16,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from microbat import pipeline
-from microbat.evaluation.quality import recovery
+from microbat import measure, pipeline
+from microbat.evaluation.scores import Scores, Tasks, recovered
 from microbat.evaluation.spread import Estimate, estimate, indistinct, overlap
-from microbat.evaluation.tasks import check_tasks
 from microbat.export.folder import write_json
 from microbat.recipe import describe, to_json
 from microbat.report.comparison import write_comparison
-from microbat.suite import Cell, Evaluation, Suite
+from microbat.suite import Cell, Suite
 
 NUMBERS = "numbers.json"
 QUALITY = ("perplexity", "ratio", "kl", "top1")
+COUNTS = ("unparsed", "truncated", "samples")  # of a benchmark's answers, over all runs
 
 
 def compare(
@@ -40,9 +40,9 @@ def compare(
     """
     chosen = Suite.read(Path(suite), model=model, calibration=calibration, text=text, quick=quick)
     place = Path(out)
-    _check(chosen, place)
+    tasks = _check(chosen, place)
     (place / "tokens").mkdir(parents=True, exist_ok=True)
-    _measure_tasks(chosen, chosen.model, place)  # the float model first: what is missing shows at once
+    _measure_tasks(chosen, tasks, chosen.model, place)  # the float model first: what is missing shows at once
     failures: dict[str, str] = {}
     cells = chosen.cells()
     waiting = [cell for cell in cells if not _folder(place, cell).exists()]
@@ -57,14 +57,15 @@ def compare(
     done = [cell for cell in cells if cell.name not in failures]
     _measure_quality(chosen, place, done)
     for cell in done:
-        _measure_tasks(chosen, _folder(place, cell), _folder(place, cell))
+        _measure_tasks(chosen, tasks, _folder(place, cell), _folder(place, cell))
     content = _content(chosen, place, failures)
     write_json(place / "comparison.json", content)
     write_comparison(content, _pictures(chosen, place, done), place / "comparison.html")
     return content
 
 
-def _check(suite: Suite, place: Path) -> None:
+def _check(suite: Suite, place: Path) -> Tasks:
+    """Raise for whatever is wrong with the request; the suite's benchmarks."""
     evaluation = suite.evaluation
     for cell in suite.cells():
         made = _folder(place, cell) / "recipe.json"
@@ -75,8 +76,9 @@ def _check(suite: Suite, place: Path) -> None:
                 raise ValueError(f"row {cell.label!r}: {error}") from error
         elif json.loads(made.read_text())["recipe"] != to_json(cell.recipe):
             raise ValueError(f"{made.parent} was made by another recipe; remove it or choose another output folder")
-    pipeline.text_windows(suite.model, evaluation.text, evaluation.window, evaluation.windows)
-    check_tasks(evaluation.tasks, _data(evaluation))
+    measure.text_windows(suite.model, evaluation.text, evaluation.window, evaluation.windows)
+    data = Path(evaluation.data) if evaluation.data else None
+    return Tasks(names=evaluation.tasks, data=data, limit=evaluation.limit, sampling=evaluation.sampling)
 
 
 def _folder(place: Path, cell: Cell) -> Path:
@@ -87,8 +89,12 @@ def _tokens(place: Path, cell: Cell) -> Path:
     """A file for what decides the calibration tokens."""
     recipe = cell.recipe
     parts = (recipe.calibration, recipe.num_calibration_samples, recipe.max_seq_length, recipe.seed)
-    key = hashlib.sha256(json.dumps([recipe.model, *parts]).encode()).hexdigest()[:12]
-    return place / "tokens" / f"{key}.safetensors"
+    return place / "tokens" / f"{_key([recipe.model, *parts])}.safetensors"
+
+
+def _key(content: Any) -> str:
+    """A short name for plain data."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def _measure_quality(suite: Suite, place: Path, cells: Sequence[Cell]) -> None:
@@ -99,27 +105,22 @@ def _measure_quality(suite: Suite, place: Path, cells: Sequence[Cell]) -> None:
     waiting = [cell for cell in cells if _kept(_folder(place, cell), "quality", protocol) is None]
     if not waiting and _kept(place, "quality", protocol) is not None:
         return
-    size = max(1, pipeline.held_together(suite.model) - 1)
+    size = max(1, measure.held_together(suite.model) - 1)
     for start in range(0, max(1, len(waiting)), size):
         group = {cell.name: _folder(place, cell) for cell in waiting[start : start + size]}
-        result = pipeline.evaluate({"float": suite.model, **group}, **on)
+        result = measure.evaluate({"float": suite.model, **group}, **on)
         rows = {row["name"]: row for row in result.pop("rows")}
         for name, folder in group.items():
             _keep(folder, "quality", protocol, rows[name])
         _keep(place, "quality", protocol, {**result, **rows["float"]})
 
 
-def _measure_tasks(suite: Suite, model: str | Path, place: Path) -> None:
-    """Benchmark scores of ``model``, kept in ``place``."""
-    evaluation, tasks = suite.evaluation, list(suite.evaluation.tasks)
-    protocol = {"model": suite.model, "tasks": tasks, "data": evaluation.data, "limit": evaluation.limit}
-    if tasks and _kept(place, "tasks", protocol) is None:
-        scores = pipeline.task_scores(model, tasks, data=_data(evaluation), limit=evaluation.limit)
-        _keep(place, "tasks", protocol, scores)
-
-
-def _data(evaluation: Evaluation) -> Path | None:
-    return Path(evaluation.data) if evaluation.data else None
+def _measure_tasks(suite: Suite, tasks: Tasks, model: str | Path, place: Path) -> None:
+    """Benchmark scores of ``model``, kept in ``place``; its answers too, apart for each way of drawing them."""
+    protocol = {"model": suite.model, **tasks.protocol}
+    if tasks.names and _kept(place, "tasks", protocol) is None:
+        answers = place / "answers" / _key(tasks.sampling.draws)
+        _keep(place, "tasks", protocol, measure.task_scores(model, tasks, answers=answers))
 
 
 def _numbers(place: Path) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def _content(suite: Suite, place: Path, failures: dict[str, str]) -> dict[str, A
         "model": suite.model,
         "calibration": asdict(suite.calibration),
         "evaluation": {name: reference["quality"]["result"][name] for name in measured},
-        "tasks": {task: {"score": s["score"], "stderr": s["stderr"]} for task, s in scores.items()},
+        "tasks": _tasks([scores]),
         "groups": [
             {"title": title, "entries": _entries(cells, place, failures, scores)} for title, cells in groups.items()
         ],
@@ -189,7 +190,7 @@ def _entries(cells: list[Cell], place: Path, failures: dict[str, str], scores: d
             entry["seconds"] = sum(seconds) / len(seconds)
             entry["bits_per_weight"] = reports[0]["bits_per_weight"]
             if scores:
-                entry["recovery"] = asdict(_recovery([_numbers(f)["tasks"]["result"] for f in done], scores))
+                entry |= _scored([_numbers(folder)["tasks"]["result"] for folder in done], scores)
         entries.append(entry)
     measured = [(entry, own) for entry, own in zip(entries, runs, strict=True) if own]
     for scheme in dict.fromkeys(entry["scheme"] for entry in entries):
@@ -200,12 +201,25 @@ def _entries(cells: list[Cell], place: Path, failures: dict[str, str], scores: d
     return entries
 
 
-def _recovery(runs: list[dict[str, Any]], reference: dict[str, Any]) -> Estimate:
-    """Recovery over the runs; the error of one run is that of its own scores, the float model's being given."""
-    base = {task: s["score"] for task, s in reference.items()}
-    values = [recovery({task: s["score"] for task, s in run.items()}, base) for run in runs]
-    relative = [[(s["stderr"] / base[task]) ** 2 for task, s in run.items()] for run in runs]
-    return estimate(values, [100 * sum(errors) ** 0.5 / len(errors) for errors in relative], over="items")
+def _scored(runs: list[Scores], reference: Scores) -> dict[str, Any]:
+    """Each benchmark's score, and recovery where it has a meaning, over the runs."""
+    found = [recovered(run, reference) for run in runs]
+    entry: dict[str, Any] = {"tasks": _tasks(runs)}
+    if pairs := [pair for pair in found if pair is not None]:
+        entry["recovery"] = asdict(estimate([v for v, _ in pairs], [error for _, error in pairs], over="items"))
+    return entry
+
+
+def _tasks(runs: list[Scores]) -> dict[str, Any]:
+    """Each benchmark's score over the runs, with what was counted of answers that were drawn."""
+    return {
+        task: asdict(
+            estimate([run[task]["score"] for run in runs], [run[task]["stderr"] for run in runs], over="items")
+        )
+        | {name: sum(run[task][name] for run in runs) for name in COUNTS if name in first}
+        | {"n": first.get("n")}
+        for task, first in runs[0].items()
+    }
 
 
 def _rank(key: str, measured: list[tuple[dict[str, Any], list[dict[str, Any]]]]) -> None:

@@ -1,4 +1,4 @@
-"""The whole job, readable top to bottom: ``quantize`` a model into a folder, ``evaluate`` folders side by side."""
+"""The whole job, readable top to bottom: ``quantize`` a model into a folder, ``load`` it, ``write_report`` of it."""
 
 import contextlib
 import dataclasses
@@ -9,8 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,6 @@ from torch import Tensor, nn
 from microbat.calibrate import data as calibration_data
 from microbat.calibrate.data import Calibration
 from microbat.calibrate.engine import Job, Precision, Record, calibrate, preflight
-from microbat.evaluation.quality import compare, recovery
-from microbat.evaluation.tasks import check_tasks, run_tasks
-from microbat.evaluation.text import load_text
-from microbat.evaluation.windows import Windows, tokenize
-from microbat.evaluation.windows import windows as cut_windows
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
 from microbat.methods.base import ModelData, Preparer, Quant
@@ -38,7 +32,6 @@ from microbat.report.page import write_page
 from microbat.runtime.load import load as load_folder
 from microbat.scheme import Scheme
 
-HELD_TOGETHER = 8 << 30  # bytes; models that fit are held together, so that they share the reference's passes
 PICTURED_LAYERS = 3  # worst activations that the report shows, beside the one that every run shows
 RUN_FILE, TOKENS_FILE, ROTATION_FILE = "run.json", "calibration.safetensors", "rotation.safetensors"
 
@@ -50,7 +43,7 @@ def quantize(model: str | Path, *, out: str | Path, **fields: Any) -> Path:
 
 def check(recipe: Recipe) -> Checkpoint:
     """The model of ``recipe``; raises ValueError for whatever is wrong with the request, before anything is computed."""
-    recipe.methods()
+    preparers, _ = recipe.methods()
     scheme = recipe.parsed_scheme()
     calibration_data.check_source(recipe.calibration)
     if scheme.weight is None:
@@ -58,6 +51,14 @@ def check(recipe: Recipe) -> Checkpoint:
     checkpoint = Checkpoint(resolve(recipe.model))
     if checkpoint.quant_method is not None:
         raise ValueError(f"{checkpoint.path} is quantized already ({checkpoint.quant_method}); give the float model")
+    family = checkpoint.family
+    for preparer in preparers:
+        missing = [kind for kind in preparer.needs if not any(getattr(site, kind) for site in family.sites)]
+        if missing:
+            raise ValueError(
+                f"method {preparer.name!r} cannot act on family {family.name!r}: none of its sites is {missing[0]} "
+                "(microbat.models.base.Site). Choose another method, or say so in the family's file if one is."
+            )
     preflight(checkpoint, scheme)
     return checkpoint
 
@@ -78,7 +79,7 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
     preparers, solver = recipe.methods()
     scheme = recipe.parsed_scheme()
     partial = _open_partial(out, recipe, checkpoint)
-    device = _device(recipe.device)
+    device = pick_device(recipe.device)
     calibration = _calibration(recipe, checkpoint, tokens or partial / TOKENS_FILE, device)
     checkpoint = _rotated(recipe, checkpoint, preparers, scheme, calibration, device, partial)
     job = Job(
@@ -123,7 +124,7 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
 def write_tokens(recipe: Recipe, file: Path) -> None:
     """Make the calibration tokens of ``recipe`` in ``file``, for runs that share them, where it is not there yet."""
     if not file.is_file():
-        _calibration(recipe, Checkpoint(resolve(recipe.model)), file, _device(recipe.device))
+        _calibration(recipe, Checkpoint(resolve(recipe.model)), file, pick_device(recipe.device))
 
 
 def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
@@ -144,97 +145,6 @@ def tokenizer_of(model: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(resolve(model))
 
 
-def evaluate(
-    models: Mapping[str, str | Path],
-    *,
-    text: str = "python-docs",
-    window: int = 1024,
-    windows: int = 16,
-    device: str = "auto",
-    reference: str = "float",
-) -> dict[str, Any]:
-    """Perplexity, KL divergence and top-1 agreement of ``models`` (name -> folder or hub name) on one text.
-
-    ``reference`` names the one that the others are compared with; a microbat folder brings its own float model when the
-    reference is not among the models and its recipe says where that is. Plain data, as the report wants it.
-    """
-    models = dict(models)
-    if reference not in models:
-        models = {reference: _float_model(next(iter(models.values()))), **models}
-    chosen = _device(device)
-    name, cut = text_windows(models[reference], text, window, windows)
-    loaders = {name: partial(load, path, device=chosen) for name, path in models.items()}
-    if sum(_float32_bytes(path) for path in models.values()) < HELD_TOGETHER:
-        candidates: dict[str, Any] = {name: loader() for name, loader in loaders.items()}
-    else:
-        candidates = dict(loaders)
-    return {"text": name, **dataclasses.asdict(compare(candidates, reference, cut))}
-
-
-def text_windows(model: str | Path, text: str, window: int, windows: int) -> tuple[str, Windows]:
-    """The text's full name, and its first ``windows`` windows in the tokens of ``model``."""
-    named = load_text(text)
-    return named.name, cut_windows(tokenize(named.text, tokenizer_of(model)), window=window, limit=windows)
-
-
-def evaluate_tasks(
-    models: Mapping[str, str | Path],
-    tasks: list[str],
-    *,
-    data: Path | None = None,
-    limit: int | None = None,
-    device: str = "auto",
-    reference: str = "float",
-) -> dict[str, Any]:
-    """Benchmarks by lm-evaluation-harness for each of ``models``, and each one's recovery against ``reference``."""
-    check_tasks(tasks, data)
-    models = dict(models)
-    if reference not in models:
-        models = {reference: _float_model(next(iter(models.values()))), **models}
-    scores = {name: task_scores(path, tasks, data=data, limit=limit, device=device) for name, path in models.items()}
-    headline = {name: {task: r["score"] for task, r in results.items()} for name, results in scores.items()}
-    return {
-        "reference": reference,
-        "models": {
-            name: {"tasks": results, "recovery": recovery(headline[name], headline[reference])}
-            for name, results in scores.items()
-        },
-    }
-
-
-def task_scores(
-    model: str | Path, tasks: list[str], *, data: Path | None = None, limit: int | None = None, device: str = "auto"
-) -> dict[str, dict[str, float]]:
-    """Benchmark -> ``score``, ``stderr`` and all that the harness reports, of one model."""
-    results = run_tasks(load(model, device=_device(device)), tokenizer_of(model), tasks, data=data, limit=limit)
-    return {task: dict(zip(("score", "stderr"), _headline(r), strict=True), **r) for task, r in results.items()}
-
-
-def held_together(model: str | Path) -> int:
-    """How many models of this size are in memory at once when they are evaluated; they share the reference's passes."""
-    return (HELD_TOGETHER - 1) // _float32_bytes(model)
-
-
-def _headline(result: dict[str, Any]) -> tuple[float, float]:
-    """A benchmark's one score and its standard error: length-normalised accuracy where it has that."""
-    key = "acc_norm" if result.get("acc_norm") is not None else "acc"
-    return result[key], result[f"{key}_stderr"]
-
-
-def _float32_bytes(model: str | Path) -> int:
-    path = resolve(model)
-    ours = folders.is_microbat_folder(path)
-    checkpoint = Checkpoint(path, index=folders.INDEX) if ours else Checkpoint(path)
-    return 4 * sum(parameter.numel() for parameter in checkpoint.skeleton().parameters())
-
-
-def _float_model(folder: str | Path) -> str:
-    path = resolve(folder)
-    if not folders.is_microbat_folder(path):
-        return str(folder)
-    return json.loads((path / "recipe.json").read_text())["recipe"]["model"]
-
-
 def attach(folder: str | Path, evaluation: dict[str, Any]) -> None:
     """Renew the report of ``folder`` with ``evaluation`` where it is a microbat folder; leave others alone."""
     path = Path(folder)
@@ -243,7 +153,7 @@ def attach(folder: str | Path, evaluation: dict[str, Any]) -> None:
 
 
 def write_report(folder: str | Path, evaluation: dict[str, Any] | None = None) -> Path:
-    """Write ``report.html`` into a microbat folder, with ``evaluation`` (from :func:`evaluate`) kept in report.json."""
+    """Write ``report.html`` into a microbat folder, with ``evaluation`` (from :func:`microbat.evaluate`) kept in report.json."""
     folder = Path(folder)
     folders.read_contract(folder)
     content = json.loads((folder / "report.json").read_text())
@@ -357,7 +267,8 @@ def _rotated(
     return RotatedCheckpoint(checkpoint, Rotation(**load_file(file)))
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device of this name; ``auto`` is a GPU where torch sees one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():

@@ -5,7 +5,7 @@ A suite is a YAML file:
     title: what is compared
     model: folder or hub name
     calibration: {source: self, samples: 64, length: 512}
-    evaluation: {text: wikitext-2-raw, window: 1024, windows: 16, tasks: [piqa]}
+    evaluation: {text: wikitext-2-raw, window: 1024, windows: 16, tasks: [piqa, gsm8k], sampling: {max_new_tokens: 4096}}
     schemes: [W4A4KV16, W4A8KV16]
     seeds: [0, 1]                                             # for what trains or starts at random
     rows:
@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from microbat.evaluation.generation import Sampling
 from microbat.recipe import Recipe
 from microbat.registry import unknown
 
@@ -49,7 +50,7 @@ class CalibrationText:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What every cell is measured on: windows of a text, and benchmarks (``data``: a folder of local copies)."""
+    """What every cell is measured on: windows of a text, and benchmarks (see :class:`microbat.evaluation.scores.Tasks`)."""
 
     text: str = "python-docs"
     window: int = 1024
@@ -57,6 +58,7 @@ class Evaluation:
     tasks: tuple[str, ...] = ()
     data: str = ""
     limit: int | None = None
+    sampling: Sampling = Sampling()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +151,10 @@ class Suite:
         nested: dict[str, Any] = {"model": "", "title": ""} | content
         for name, kind in (("calibration", CalibrationText), ("evaluation", Evaluation)):
             with _naming(name):
-                nested[name] = _build(kind, _mapping(content.get(name, {}), name))
+                section = _mapping(content.get(name, {}), name)
+                if "sampling" in section:
+                    section["sampling"] = Sampling.of(_mapping(section["sampling"], "sampling"))
+                nested[name] = _build(kind, section)
         nested["rows"] = tuple(_row(item, f"row {n}") for n, item in enumerate(_list(content.get("rows"), "rows"), 1))
         shared = {name: content[name] for name in ("schemes", "seeds") if name in content}
         nested["ablations"] = tuple(

@@ -28,6 +28,11 @@ def estimate(value: float, learned: bool, over: str = "windows") -> dict:
     return {"value": value, "error": value / 50, "over": "seeds" if learned else over}
 
 
+def sampled(value: float) -> dict:
+    counts = {"unparsed": 3, "truncated": 0, "samples": 2, "n": 50}
+    return {"value": value, "error": 0.05, "over": "items", **counts}
+
+
 def standing(label: str) -> dict:
     names = {"BATQuant + learned rounding": "best", "BATQuant + GPTQ": "tied"}
     return dict.fromkeys(("ratio", "kl", "recovery"), names.get(label, "behind"))
@@ -51,6 +56,7 @@ def entry(row: tuple, scheme: str, **varied: object) -> dict:
         "ratio": estimate(ratio, learned),
         "kl": estimate(kl, learned),
         "top1": estimate(1 / ratio, learned),
+        "tasks": {"piqa": estimate(0.0069 * recovery, learned, "items"), "gsm8k": sampled(0.006 * recovery)},
         "recovery": estimate(recovery, learned, "items"),
         "seconds": 60 * minutes,
         "bits_per_weight": 4.25,
@@ -82,7 +88,7 @@ def content() -> dict:
             "perplexity": 20.0,
             "perplexity_stderr": 0.5,
         },
-        "tasks": {"piqa": {"score": 0.7, "stderr": 0.01}},
+        "tasks": {"piqa": {"value": 0.7, "error": 0.01, "over": "items", "n": 100}, "gsm8k": sampled(0.6)},
         "groups": [
             {"title": "", "entries": [entry(row, scheme) for scheme in SCHEMES for row in ROWS]},
             {
@@ -129,6 +135,17 @@ def test_noise_is_marked_where_the_number_stands(content):
     assert '<td class="n" title="not distinguishable from the best">≈ 1.200 ± 0.024</td>' in page
     assert '<td class="n">2.900 ± 0.058</td>' in page
     assert "One seed shows no noise of seeds." in page
+
+
+def test_benchmarks_stand_beside_the_float_models_with_what_was_not_judged(content):
+    page = render(content, [], "")
+    section = page[page.index('id="benchmarks"') : page.index('id="last-step"')]
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", section)]
+    assert rows[0] == ["Method", "piqa", "gsm8k"]
+    assert rows[1] == ["float", "0.700 ± 0.010", "0.600 ± 0.050 (3 unparsed of 100)"]
+    assert rows[2] == ["RTN", "0.552 ± 0.011", "0.480 ± 0.050 (3 unparsed of 100)"]
+    assert len(rows) == len(SCHEMES) * (2 + len(ROWS))
+    assert 'id="benchmarks"' not in render({**content, "tasks": {}}, [], "")
 
 
 def test_the_last_step_compares_rows_with_equal_transforms(content):

@@ -7,15 +7,15 @@ Means are over predictions. Standard errors treat windows as independent draws (
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from microbat.evaluation.progress import bar
 from microbat.evaluation.windows import Windows
 
 CHUNK = 2**24  # float32 elements of [rows, V] at a time: 64 MiB, whatever the vocabulary
@@ -89,7 +89,7 @@ class _Sums:
 def perplexity(model: nn.Module, windows: Windows, *, progress: bool = True) -> Perplexity:
     """Perplexity of a causal LM on ``windows``, on the model's own device. A bar on stderr shows the time left."""
     sums: list[float] = []
-    with _evaluating(model), _bar("perplexity", len(windows), progress) as advance:
+    with _evaluating(model), bar("perplexity", len(windows), progress) as advance:
         for tokens_T, fresh in windows:
             nll = _nll(*_predictions(model, tokens_T, fresh))
             sums.append(_finite(nll, "the model", len(sums)))
@@ -125,7 +125,7 @@ def compare(
     base = _loaded(models[reference])
     sums: dict[str, _Sums] = {}
     steps = len(windows) * sum(1 + len(group) for group in groups)
-    with _evaluating(base), _bar("comparing", steps, progress) as advance:
+    with _evaluating(base), bar("comparing", steps, progress) as advance:
         for group in groups:
             sums |= _compare_group(reference, base, {name: models[name] for name in group}, windows, advance)
     return Comparison(
@@ -303,20 +303,3 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _bar(title: str, total: int, shown: bool) -> AbstractContextManager[Callable[[str], None]]:
-    """A function that moves the bar on by one step and sets the remark beside it."""
-    return _rich_bar(title, total) if shown else nullcontext(lambda remark: None)
-
-
-@contextmanager
-def _rich_bar(title: str, total: int) -> Iterator[Callable[[str], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    columns.append(TextColumn("{task.fields[remark]}", markup=False))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total, remark="")
-        yield lambda remark: bar.update(task, advance=1, remark=remark)

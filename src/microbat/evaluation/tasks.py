@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import nn
 
+from microbat.evaluation.benchmarks import BENCHMARKS
+
 TASK_FILES = "microbat.evaluation.task_files"
 FEWSHOT_SEED = 1234  # lm_eval.defaults.DEFAULT_OTHER_SEED, what its command line uses
 
@@ -100,10 +102,11 @@ def _local_copies(tasks: Sequence[str], data: Path) -> dict[str, Path]:
 def _check_names(tasks: Iterable[str], known: Sequence[str]) -> None:
     unknown = [task for task in tasks if task not in known]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=3)
+        near = difflib.get_close_matches(unknown[0], [*known, *BENCHMARKS], n=3)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(
-            f"unknown task {', '.join(map(repr, unknown))}{hint} (tasks with local copies: {', '.join(task_names())})"
+            f"unknown task {', '.join(map(repr, unknown))}{hint} "
+            f"(tasks with local copies: {', '.join([*task_names(), *BENCHMARKS])})"
         )
 
 

@@ -128,10 +128,12 @@ class Method(ABC):
 class Preparer(Method):
     """Decides where and how to transform and clip; leaves the float function of the block as it was.
 
-    ``default_solver`` is the last step that suits it best.
+    ``default_solver`` is the last step that suits it best; ``needs`` the kinds of site (``normed``, ``headed``) that a family
+    must have for it.
     """
 
     default_solver: ClassVar[str] = "gptq"
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def rotation(self, model: ModelData) -> Rotation | None:
         """How to rotate the whole model before its blocks are prepared; None for not at all."""

@@ -26,6 +26,7 @@ from microbat.transforms.hadamard import BlockHadamard, hadamard
 class BRQ(Preparer):
     name: ClassVar[str] = "brq"
     summary: ClassVar[str] = "rotations within the format's blocks, Hadamard or learned, folded into weights or online"
+    needs: ClassVar[tuple[str, ...]] = ("normed", "headed")
 
     steps: int = 0  # 0: fixed; the paper's learned variant, trained like SpinQuant (whose number is 100)
     batch: int = 1

@@ -25,6 +25,7 @@ from microbat.transforms.hadamard import Hadamard, hadamard, random_hadamard
 class QuaRot(Preparer):
     name: ClassVar[str] = "quarot"
     summary: ClassVar[str] = "Hadamard rotations of the whole width, folded into weights or online"
+    needs: ClassVar[tuple[str, ...]] = ("normed", "headed")
 
     @property
     def seeded(self) -> bool:

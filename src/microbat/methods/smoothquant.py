@@ -26,6 +26,7 @@ SMALLEST = 1e-5  # the authors' floor for both maxima
 class SmoothQuant(Preparer):
     name: ClassVar[str] = "smoothquant"
     summary: ClassVar[str] = "a factor per channel moves outliers from activations to weights"
+    needs: ClassVar[tuple[str, ...]] = ("normed",)
 
     alpha: float | None = None  # None: the best of 0.5, 0.6, 0.7, 0.8, 0.85, block by block
 

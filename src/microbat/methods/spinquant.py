@@ -29,6 +29,7 @@ from microbat.transforms.hadamard import Hadamard, random_hadamard
 class SpinQuant(Preparer):
     name: ClassVar[str] = "spinquant"
     summary: ClassVar[str] = "rotations of the whole width, learned end to end"
+    needs: ClassVar[tuple[str, ...]] = ("normed", "headed")
 
     steps: int = 100  # the authors' number, of 8 sequences of 2048
     batch: int = 1

@@ -15,10 +15,11 @@ from microbat.report import distributions
 from microbat.report.comparison_figures import value_text
 from microbat.report.page import frame, plotly_script, write
 from microbat.report.sections import activation_plots, figure_html, section, tree
-from microbat.report.text import DASH, escape, fixed, percent
+from microbat.report.text import DASH, escape, fixed, percent, remarks
 
 LINKS = (
     ("quality", "Quality"),
+    ("benchmarks", "Benchmarks"),
     ("last-step", "Last step"),
     ("ablations", "Ablations"),
     ("activations", "Activations"),
@@ -46,6 +47,7 @@ def render(content: dict, activations: list[dict], plotly: str) -> str:
         (
             _headline(main),
             _quality(content, main),
+            _benchmarks(content, main),
             _last_step(main),
             _ablations([group for group in content["groups"] if group["title"]]),
             _activations(activations),
@@ -138,6 +140,31 @@ def _cell(text: str, standing: str = "") -> str:
     if standing == "tied":
         return f'<td class="n" title="not distinguishable from the best">{TIED} {escape(text)}</td>'
     return f'<td class="n">{escape(text)}</td>'
+
+
+def _benchmarks(content: dict, entries: list[dict]) -> str:
+    """Each benchmark's scores, the float model's first, and what must be known of answers in a model's own words."""
+    if not content["tasks"]:
+        return ""
+    head = "".join(f"<th class=n>{escape(task)}</th>" for task in content["tasks"])
+    tables = ""
+    for scheme, own in _by_scheme(entries).items():
+        scored = [("float", content["tasks"]), *((e["label"], e["tasks"]) for e in own if "tasks" in e)]
+        rows = "".join(
+            f"<tr><td>{escape(label)}</td>"
+            + "".join(_cell(value_text(tasks[task], 3) + remarks(tasks[task])) for task in content["tasks"])
+            + "</tr>"
+            for label, tasks in scored
+        )
+        tables += (
+            f"<h3>{escape(scheme)}</h3><div class=scroll><table><thead><tr><th>Method</th>{head}</tr></thead>"
+            f"<tbody>{rows}</tbody></table></div>"
+        )
+    how = (
+        "The scores behind recovery, which is the mean of score over float score; it has no meaning, and is left out, where "
+        "the float model scores 0. Unparsed answers held nothing to judge, truncated ones ran out of tokens."
+    )
+    return section("benchmarks", "Benchmarks", how, tables)
 
 
 def _last_step(entries: list[dict]) -> str:

@@ -59,3 +59,9 @@ def duration(seconds: Any) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def remarks(score: dict) -> str:
+    """What else must be known of a sampled benchmark's score: answers that nobody could judge, or that were cut off."""
+    found = [f"{score[kind]} {kind}" for kind in ("unparsed", "truncated") if score.get(kind)]
+    return f" ({', '.join(found)} of {score['n'] * score['samples']})" if found else ""

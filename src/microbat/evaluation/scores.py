@@ -1,0 +1,90 @@
+"""One model's scores on named benchmarks: those that it answers in its own words, and lm-evaluation-harness's tasks."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from microbat.evaluation.benchmarks import BENCHMARKS, Problem, load_problems
+from microbat.evaluation.generation import Generate, OnTheSpot, Sampling
+from microbat.evaluation.quality import recovery
+from microbat.evaluation.sampled import run_sampled
+from microbat.evaluation.tasks import check_tasks, run_tasks
+
+Scores = dict[str, dict[str, Any]]  # benchmark -> score, stderr (None for a single item), and all else that was counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """What models are scored on; making it finds whatever can be found wrong before a model is loaded.
+
+    Names in ``BENCHMARKS`` are answered in the model's own words, as ``sampling`` says; all others are the harness's.
+    ``data`` is a folder of local copies (None: from the hub), ``limit`` takes the first items of each (None: all).
+    Errors: those of :func:`check_tasks` and :func:`load_problems`.
+    """
+
+    names: tuple[str, ...]
+    data: Path | None = None
+    limit: int | None = None
+    sampling: Sampling = Sampling()
+    problems: dict[str, list[Problem]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_tasks(by_likelihood(self.names), self.data)
+        asked = [BENCHMARKS[name] for name in self.names if name in BENCHMARKS]
+        problems = {benchmark.name: load_problems(benchmark, self.data, self.limit) for benchmark in asked}
+        object.__setattr__(self, "problems", problems)
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What decides the scores, as plain data."""
+        drawn = {"samples": self.sampling.samples, **self.sampling.draws}
+        what = {"tasks": list(self.names), "data": str(self.data or ""), "limit": self.limit}
+        return what | ({"sampling": drawn} if self.problems else {})
+
+    def scores(self, model: nn.Module, tokenizer: Any, identity: str, answers: Path) -> Scores:
+        """Of a transformers causal LM on its own device; see :meth:`answered` for the other arguments."""
+        harness = by_likelihood(self.names)
+        found = run_tasks(model, tokenizer, harness, data=self.data, limit=self.limit) if harness else {}
+        generate = OnTheSpot(model=model, tokenizer=tokenizer, sampling=self.sampling)
+        return {name: _headed(result) for name, result in found.items()} | self.answered(generate, identity, answers)
+
+    def answered(self, generate: Generate, identity: str, answers: Path) -> Scores:
+        """On the benchmarks in the model's own words alone.
+
+        Finished answers are kept in the folder ``answers``, where an interrupted run goes on; ``identity`` says whose they are.
+        """
+        return {
+            name: _headed(
+                run_sampled(BENCHMARKS[name], problems, generate, self.sampling, identity, answers / f"{name}.jsonl")
+            )
+            for name, problems in self.problems.items()
+        }
+
+
+def by_likelihood(names: Sequence[str]) -> list[str]:
+    """Those of the ``names`` that need a model's likelihoods: the harness's."""
+    return [name for name in names if name not in BENCHMARKS]
+
+
+def recovered(scores: Mapping[str, Any], reference: Mapping[str, Any]) -> tuple[float, float | None] | None:
+    """Recovery in per cent and its standard error; None where there is none: no reference, or one that scores 0 somewhere.
+
+    The error is that of ``scores``, the reference's being given; None where one of them has none.
+    """
+    base = {name: score["score"] for name, score in reference.items()}
+    if not base or not all(base.values()):
+        return None
+    value = recovery({name: score["score"] for name, score in scores.items()}, base)
+    if any(score["stderr"] is None for score in scores.values()):
+        return value, None
+    return value, 100 * math.hypot(*(s["stderr"] / base[name] for name, s in scores.items())) / len(scores)
+
+
+def _headed(result: Mapping[str, Any]) -> dict[str, Any]:
+    """``result`` behind its one score and standard error: length-normalised accuracy where it has that."""
+    key = "acc_norm" if result.get("acc_norm") is not None else "acc"
+    return {"score": result[key], "stderr": result.get(f"{key}_stderr"), **result}

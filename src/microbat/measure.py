@@ -1,0 +1,130 @@
+"""Measuring: models side by side on a text and on benchmarks, each loaded from its folder, the hub or a server."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from microbat.evaluation.generation import Sampling, Served
+from microbat.evaluation.quality import compare
+from microbat.evaluation.scores import Scores, Tasks, by_likelihood, recovered
+from microbat.evaluation.text import load_text
+from microbat.evaluation.windows import Windows, tokenize
+from microbat.evaluation.windows import windows as cut_windows
+from microbat.export import folder as folders
+from microbat.models.base import Checkpoint, resolve
+from microbat.pipeline import load, pick_device, tokenizer_of
+
+HELD_TOGETHER = 8 << 30  # bytes; models that fit are held together, so that they share the reference's passes
+
+
+def evaluate(
+    models: Mapping[str, str | Path],
+    *,
+    text: str = "python-docs",
+    window: int = 1024,
+    windows: int = 16,
+    device: str = "auto",
+    reference: str = "float",
+) -> dict[str, Any]:
+    """Perplexity, KL divergence and top-1 agreement of ``models`` (name -> folder or hub name) on one text.
+
+    ``reference`` names the one that the others are compared with; a microbat folder brings its own float model when the
+    reference is not among the models and its recipe says where that is. Plain data, as the report wants it.
+    """
+    models = dict(models)
+    if reference not in models:
+        models = {reference: _float_model(next(iter(models.values()))), **models}
+    chosen = pick_device(device)
+    name, cut = text_windows(models[reference], text, window, windows)
+    loaders = {name: partial(load, path, device=chosen) for name, path in models.items()}
+    if sum(_float32_bytes(path) for path in models.values()) < HELD_TOGETHER:
+        candidates: dict[str, Any] = {name: loader() for name, loader in loaders.items()}
+    else:
+        candidates = dict(loaders)
+    return {"text": name, **dataclasses.asdict(compare(candidates, reference, cut))}
+
+
+def text_windows(model: str | Path, text: str, window: int, windows: int) -> tuple[str, Windows]:
+    """The text's full name, and its first ``windows`` windows in the tokens of ``model``."""
+    named = load_text(text)
+    return named.name, cut_windows(tokenize(named.text, tokenizer_of(model)), window=window, limit=windows)
+
+
+def evaluate_tasks(
+    models: Mapping[str, str | Path],
+    tasks: list[str],
+    *,
+    data: Path | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    reference: str = "float",
+    sampling: Sampling | None = None,
+    answers: Path = Path("microbat-answers"),
+) -> dict[str, Any]:
+    """Benchmarks for each of ``models``, and each one's recovery against ``reference``.
+
+    ``tasks``, ``data``, ``limit`` and ``sampling`` (None: as in the paper) are those of :class:`Tasks`; finished answers
+    are kept below ``answers``. For benchmarks in the model's own words, a model may also be the URL of an
+    OpenAI-compatible server. Recovery is None where it has no meaning: for a served model without a reference, and where
+    the reference scores 0.
+    """
+    served = [name for name, path in models.items() if _is_url(path)]
+    if served and (harness := by_likelihood(tasks)):
+        raise ValueError(
+            f"{', '.join(harness)} need a model's likelihoods: give {served[0]!r} as a folder, not a server"
+        )
+    chosen = Tasks(names=tuple(tasks), data=data, limit=limit, sampling=sampling or Sampling())
+    first = next(iter(models.values()))
+    if reference not in models and not _is_url(first):
+        models = {reference: _float_model(first), **models}
+    scores = {name: task_scores(path, chosen, answers=answers / name, device=device) for name, path in models.items()}
+    base = scores.get(reference, {})
+    rows: dict[str, dict[str, Any]] = {}
+    for name, own in scores.items():
+        value, stderr = recovered(own, base) or (None, None)
+        rows[name] = {"tasks": own, "recovery": value, "recovery_stderr": None if own is base else stderr}
+    return {"reference": reference if base else None, "models": rows}
+
+
+def task_scores(model: str | Path, tasks: Tasks, *, answers: Path, device: str = "auto") -> Scores:
+    """Benchmark -> ``score``, ``stderr`` and all else that was counted, of one model; ``answers`` keeps what it wrote."""
+    if _is_url(model):
+        return tasks.answered(Served(url=str(model), sampling=tasks.sampling), _identity(model), answers)
+    return tasks.scores(load(model, device=pick_device(device)), tokenizer_of(model), _identity(model), answers)
+
+
+def held_together(model: str | Path) -> int:
+    """How many models of this size are in memory at once when they are evaluated; they share the reference's passes."""
+    return (HELD_TOGETHER - 1) // _float32_bytes(model)
+
+
+def _is_url(model: str | Path) -> bool:
+    return str(model).startswith(("http://", "https://"))
+
+
+def _identity(model: str | Path) -> str:
+    """What tells a model's answers from those of another: a microbat folder may be written anew at the same place."""
+    if _is_url(model):
+        return f"{Served(url=str(model), sampling=Sampling()).model} at {model}"
+    path = resolve(model).resolve()
+    if not folders.is_microbat_folder(path):
+        return str(path)
+    return f"{path}, recipe {hashlib.sha256((path / 'recipe.json').read_bytes()).hexdigest()[:16]}"
+
+
+def _float32_bytes(model: str | Path) -> int:
+    path = resolve(model)
+    ours = folders.is_microbat_folder(path)
+    checkpoint = Checkpoint(path, index=folders.INDEX) if ours else Checkpoint(path)
+    return 4 * sum(parameter.numel() for parameter in checkpoint.skeleton().parameters())
+
+
+def _float_model(folder: str | Path) -> str:
+    path = resolve(folder)
+    if not folders.is_microbat_folder(path):
+        return str(folder)
+    return json.loads((path / "recipe.json").read_text())["recipe"]["model"]

@@ -1,0 +1,55 @@
+"""Scores of both kinds of benchmarks at once, and recovery with its error."""
+
+import json
+
+import pytest
+
+from microbat.evaluation.generation import Answer, Sampling
+from microbat.evaluation.scores import Tasks, by_likelihood, recovered
+
+
+def score(value, stderr=0.1):
+    return {"score": value, "stderr": stderr}
+
+
+def test_recovery_comes_with_the_error_of_its_scores():
+    value, error = recovered({"a": score(0.6, 0.02), "b": score(0.5, 0.04)}, {"a": score(0.8), "b": score(0.5)})
+    assert value == pytest.approx(87.5)
+    assert error == pytest.approx(100 * ((0.02 / 0.8) ** 2 + (0.04 / 0.5) ** 2) ** 0.5 / 2)
+
+
+def test_recovery_has_no_error_where_a_score_has_none_and_no_value_where_the_reference_is_none_or_0():
+    assert recovered({"a": score(0.6, None)}, {"a": score(0.8)}) == (pytest.approx(75.0), None)
+    assert recovered({"a": score(0.6)}, {"a": score(0.0)}) is None
+    assert recovered({"a": score(0.6)}, {}) is None
+
+
+def test_tasks_tell_the_kinds_apart_and_check_both(tmp_path):
+    assert by_likelihood(["piqa", "gsm8k", "mmlu"]) == ["piqa", "mmlu"]
+    with pytest.raises(FileNotFoundError, match="piqa"):
+        Tasks(names=("piqa",), data=tmp_path)
+    with pytest.raises(FileNotFoundError, match="gsm8k/test.jsonl"):
+        Tasks(names=("gsm8k",), data=tmp_path)
+
+
+def test_the_protocol_is_what_decides_the_scores(tmp_path):
+    assert Tasks(names=("mmlu",), limit=3).protocol == {"tasks": ["mmlu"], "data": "", "limit": 3}
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}))
+    protocols = [
+        Tasks(names=("gsm8k",), data=tmp_path, sampling=Sampling(**settings)).protocol
+        for settings in ({}, {"batch_size": 2}, {"samples": 2}, {"top_k": 5})
+    ]
+    assert protocols[0] == protocols[1]
+    assert protocols[0] not in protocols[2:]
+    assert json.loads(json.dumps(protocols)) == protocols
+
+
+def test_answers_are_scored_by_name(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    rows = [{"question": f"1 + {i}?", "answer": f"#### {1 + i}"} for i in range(3)]
+    (tmp_path / "gsm8k" / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    two = lambda requests: ((r, Answer(text="\\boxed{2}", truncated=False)) for r in requests)  # noqa: E731
+    scores = Tasks(names=("gsm8k",), data=tmp_path).answered(two, "me", tmp_path / "answers")
+    assert scores["gsm8k"].items() >= {"score": pytest.approx(1 / 3), "stderr": pytest.approx(1 / 3), "n": 3}.items()
+    assert len((tmp_path / "answers" / "gsm8k.jsonl").read_text().splitlines()) == 1 + 3
