@@ -71,3 +71,27 @@ def test_the_eager_reference_computes_what_microbat_does(benchmark):
                 module.zero_grad()
             torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+
+
+GPU = {
+    "gpu_transform_quantize": lambda module: module.contenders(5, 64, "cpu")[0],
+    "gpu_layer": lambda module: module.contenders(5, 64, 48, "cpu"),
+    "gpu_decode": lambda module: module.contenders(1, ((48, 64), (32, 96)), "cpu"),
+    "gpu_prefill": lambda module: module.contenders(5, 48, 64, "cpu"),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", GPU)
+def test_gpu_benchmarks_refuse_a_machine_without_one(benchmark, name):
+    with pytest.raises(SystemExit, match="measures a GPU, and torch sees none"):
+        benchmark(name).main()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", GPU)
+def test_what_gpu_benchmarks_time_runs_in_tritons_interpreter(benchmark, name):
+    pytest.importorskip("triton")
+    for what, function in GPU[name](benchmark(name)).items():
+        if "3 x bfloat16" not in what and what != "torch._scaled_mm, FP8":  # for GPUs alone
+            function()
