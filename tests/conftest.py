@@ -100,6 +100,28 @@ def text_file(tmp_path_factory) -> Path:
     return file
 
 
+@pytest.fixture
+def on_triton(monkeypatch):
+    """What runs on a GPU, run on the CPU by Triton's interpreter, and nothing native. Compiled kernels have other tests."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, and kernels are compiled for it")
+    import triton.language as tl
+
+    from microbat import kernels, native
+    from microbat.kernels import matmul
+    from microbat.runtime import gpu, packed
+
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(gpu, "tensor_cores", lambda device: "")
+    # The interpreter multiplies bfloat16 numbers as if their bits were integers.
+    monkeypatch.setattr(matmul, "OPERANDS", dict.fromkeys(matmul.OPERANDS, tl.float32))
+    packed.best.cache_clear()
+    yield
+    packed.best.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Benchmark data beside the checkout; tests that need it are skipped where it is missing."""

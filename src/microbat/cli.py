@@ -383,7 +383,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
     the backend that runs each layer on this machine."""
     from microbat.export.folder import read_contract
     from microbat.pipeline import pick_device
-    from microbat.runtime.packed import best
+    from microbat.runtime.packed import described
     from microbat.scheme import formats
 
     with _errors():
@@ -403,7 +403,8 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
         f"quantized layers {size['quantized_layers'] / 1e6:.1f} MB, transforms and clips {size['transforms'] / 1e6:.2f} MB, "
         f"other {size['other'] / 1e6:.1f} MB, total {size['total'] / 1e6:.1f} MB (bfloat16: {size['bf16_total'] / 1e6:.1f} MB)"
     )
-    table, device = Table(), pick_device("auto").type
+    table, device = Table(), pick_device("auto")
+    activations = contract["activations"] and formats()[contract["activations"]["format"]]
     for column in (
         "layer",
         "shape",
@@ -422,7 +423,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
             "x".join(map(str, layer["shape"])),
             layer["format"],
             f"{layer['bits']:.2f}",
-            best(formats()[layer["format"]], device),
+            described(formats()[layer["format"]], activations, device),
             layer["transform"] or "none",
             str(layer["transform_params"]),
             f"{layer['weight_error']:.4f}",
@@ -431,7 +432,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
     console.print(table)
     parameters = {(layer["block"], layer["site"]): layer["transform_params"] for layer in content["layers"]}
     console.print(
-        f"{sum(parameters.values())} transform parameters in all; backends are those of this machine's {device}"
+        f"{sum(parameters.values())} transform parameters in all; backends are those of this machine's {device.type}"
     )
 
 

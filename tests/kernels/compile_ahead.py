@@ -40,6 +40,7 @@ PACK = {
     "x_ptr": "*bf16", "low_ptr": "*fp32", "high_ptr": "*fp32", "code_ptr": "*u8", "scale_ptr": "*u8", "W": 32, "B": 32,
     "M": 64, "F": MXFP4, "RULE": "even", "PRECISION": "ieee",
 }  # fmt: skip
+FAKE_TRANSFORMED = PACK | {"matrix_ptr": "*fp32", "y_ptr": "*fp32", "code_ptr": None, "scale_ptr": None}
 TILE = {**matmul.TILE, "STRIPE": matmul.STRIPE, "y_ptr": "*bf16"}
 WEIGHT = {"code_ptr": "*u8", "scale_ptr": "*u8"}
 SCALED = {
@@ -64,7 +65,9 @@ CASES = {
     "pack": (quantize.quantize_kernel, PACK | {"W": 128, "low_ptr": None, "high_ptr": None}),
     "pack_nvfp4": (quantize.quantize_kernel, PACK | {"W": 128, "F": NVFP4, "B": 16, "RULE": "absmax", "outer_ptr": "*fp32"}),
     "transform": (quantize.quantize_kernel, PACK | {"matrix_ptr": "*fp32"}),
-    "transform_bf16x3": (quantize.quantize_kernel, PACK | {"matrix_ptr": "*fp32", "W": 64, "PRECISION": "bf16x3"}),
+    "transform_128": (quantize.quantize_kernel, PACK | {"matrix_ptr": "*fp32", "W": 128, "M": 16}),
+    "transform_fake": (quantize.quantize_kernel, FAKE_TRANSFORMED),
+    "transform_bf16x3": (quantize.quantize_kernel, PACK | {"matrix_ptr": "*fp32", "W": 64, "M": 64, "PRECISION": "bf16x3"}),
     "unpack": (
         quantize.dequantize_kernel, WEIGHT | {"y_ptr": "*bf16", "M": 64, "W": 128, "B": 32, "F": MXFP4}
     ),
@@ -107,7 +110,8 @@ CASES |= {
     ),
     "amax": (
         quantize.amax_kernel,
-        {"x_ptr": "*bf16", "matrix_ptr": "*fp32", "amax_ptr": "*i32", "M": 64, "W": 32, "PRECISION": "ieee"},
+        {"x_ptr": "*bf16", "matrix_ptr": "*fp32", "low_ptr": "*fp32", "high_ptr": "*fp32", "amax_ptr": "*i32", "M": 64,
+         "W": 32, "B": 16, "PRECISION": "ieee"},
     ),
     "matvec_nvfp4": (matvec.matvec_kernel, CASES["matvec"][1] | {"F": NVFP4, "B": 16, "outer_ptr": "*fp32", "TOKENS": 8, "R": 1}),
     "matvec_row": (matvec.matvec_kernel, CASES["matvec"][1] | {"F": INT8_ROW, "scale_ptr": "*fp32"}),

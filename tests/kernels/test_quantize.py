@@ -112,12 +112,30 @@ def test_gpk_with_clip_differs_by_neighbouring_codes_at_most(block, g1, width):
     assert steps[differ].abs().le(1).all()
 
 
-def test_the_tensor_scale_of_a_transformed_activation():
+def test_the_tensor_scale_of_a_transformed_and_clipped_activation():
     transform, x = BlockHadamard(width=192, block=64), small_integers(70, 192)
-    amax = kernels.transformed_amax(x, transform.blocks(), format=NVFP4)
-    assert torch.equal(amax, transform(x).abs().amax())
+    blocks, ratios = transform.blocks(), torch.full((12, 2), 0.5)
+    low, high = ratios.unbind(-1)
+    assert torch.equal(kernels.largest(x, format=NVFP4), x.abs().amax())
+    assert torch.equal(kernels.largest(x, format=NVFP4, blocks=blocks), transform(x).abs().amax())
+    clipped = Clip(AbsMax(format=NVFP4), ratios).clip(transform(x))
+    assert torch.equal(kernels.largest(x, format=NVFP4, blocks=blocks, low=low, high=high), clipped.abs().amax())
     x[3, 100] = float("nan")
-    assert kernels.transformed_amax(x, transform.blocks(), format=NVFP4).isnan()
+    assert kernels.largest(x, format=NVFP4, blocks=blocks).isnan()
+    assert kernels.largest(x, format=NVFP4, low=low, high=high).isnan()
+
+
+@pytest.mark.parametrize("format", [MXFP4, NVFP4], ids=lambda f: f.name)
+def test_values_are_those_of_the_codes(format):
+    transform, x = GPK(width=192, block=64, g1=8, init="orthogonal"), outliers(5, 192)
+    ratios = torch.rand(192 // format.block, 2, generator=torch.Generator().manual_seed(4)) * 0.5 + 0.5
+    low, high = ratios.unbind(-1)
+    settings = {"format": format, "rule": AbsMax(format=format).rule, "blocks": transform.blocks().detach()}
+    settings |= {"low": low, "high": high, "outer": torch.tensor(0.003) if format is NVFP4 else None}
+    codes, scales = kernels.quantize(x, **settings)
+    expected = kernels.dequantize(codes, scales, format=format, width=192, outer=settings["outer"])
+    assert torch.equal(kernels.fake(x, **settings), expected)
+    assert torch.equal(kernels.fake(x, **settings, dtype=torch.float16), expected.to(torch.float16))
 
 
 def test_bfloat16_input_is_read_as_it_is():
@@ -137,7 +155,7 @@ def test_joined_blocks_are_the_same_map():
     ("format", "blocks", "message"),
     [(MXFP4, torch.ones(3, 32, 32), "3 transform blocks of 32 do not make a width of 64"),
      (INT8_ROW, torch.ones(2, 32, 32), "format 'int8' has a scale a row"),
-     (MXFP4, torch.ones(8, 8, 8), "transform block of 8 is not a power of two from 16 on"),
+     (MXFP4, torch.ones(8, 8, 8), "transform block of 8 is not a power of two from 16 to 128"),
      (NVFP4, None, "format 'nvfp4' has a scale of the whole tensor; pass it as outer")],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(format: BlockFormat, blocks, message):

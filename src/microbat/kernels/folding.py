@@ -106,6 +106,11 @@ def folded_matmul_kernel(
     tl.store(y_ptr + rows[:, None] * N + columns[None, :], total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+def folds(format: BlockFormat) -> bool:
+    """Whether rows of real tensors mostly fold: powers of two as scales, and elements that leave E4M3 room for them."""
+    return format.scale_element.is_power_of_two and format.element.bits < 8
+
+
 def headroom(element: Element) -> int:
     """The largest d for which every value of ``element`` times 2**d is within E4M3."""
     ratio = E4M3.max / element.max

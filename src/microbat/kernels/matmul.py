@@ -189,7 +189,7 @@ def scaled_matmul(
 ) -> Tensor:
     """``x @ W.T`` [T, N] in ``dtype`` by block-scaled products; both sides MX of E2M1, E4M3, E5M2, or both NVFP4."""
     kinds = [f.element.name for f in (x_format, format)]
-    if not set(kinds) <= set(SCALED_ELEMENTS) or x_format.levels != format.levels:
+    if not has_scaled(x_format, format):
         raise ValueError(f"no block-scaled product multiplies {x_format.name!r} by {format.name!r}")
     y = torch.empty(x[0].shape[0], weight[0].shape[0], dtype=dtype, device=x[0].device)
     scaled_matmul_kernel[grid_of(y)](
@@ -198,6 +198,12 @@ def scaled_matmul(
         **TILE, FX=x_format, F=format, X=kinds[0], W=kinds[1], STRIPE=STRIPE, **EXACT,
     )  # fmt: skip
     return y
+
+
+def has_scaled(x_format: BlockFormat, format: BlockFormat) -> bool:
+    """Whether :func:`scaled_matmul` knows the two formats."""
+    elements = {x_format.element.name, format.element.name}
+    return elements <= set(SCALED_ELEMENTS) and x_format.levels == format.levels and format.block is not None
 
 
 def grid_of(y: Tensor) -> tuple[int]:

@@ -39,7 +39,7 @@ def load(
     Raises ValueError for a folder that is not ours, not finished, or damaged, and for an unknown or unfit backend.
     """
     checkpoint, blocks = _read(Path(folder))
-    linear = partial(PackedLinear, dtype=dtype, backend=backend)
+    linear = partial(PackedLinear, dtype=dtype, device=device, backend=backend)
     model = assemble(checkpoint, blocks, linear, dtype=dtype, device=device)
     head = checkpoint.family.head
     model.set_submodule(head, Head(model.get_submodule(head)))
