@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import microbat
-
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -32,21 +30,6 @@ def test_packed_product(benchmark, capsys):
     ratios = benchmark("packed_product").main(rows=64, width=128, rounds=2)
     assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios.values())
     assert "times as fast as torch BF16" in capsys.readouterr().out
-
-
-def test_decode(benchmark, capsys, tiny, text_file, tmp_path):
-    folder = microbat.quantize(
-        tiny(),
-        out=tmp_path / "q",
-        method="rtn",
-        calibration=str(text_file),
-        num_calibration_samples=8,
-        max_seq_length=32,
-    )
-    ratios = benchmark("decode").main(folder, tokens=3, prompt=4, rounds=1)
-    assert ratios["speed"] > 0
-    assert ratios["memory"] == pytest.approx(4.25 / 16)
-    assert "times the tokens/s" in capsys.readouterr().out
 
 
 def test_calibration_step(benchmark, capsys):

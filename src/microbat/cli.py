@@ -378,6 +378,34 @@ def generate(
 
 
 @app.command()
+def bench(
+    folder: Annotated[Path, typer.Argument(help="A microbat folder.")],
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens to time.")] = 32,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens before them.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Both sides take turns so many times; the best time counts.")] = 5,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of a CPU; 0: torch's own number.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+) -> None:
+    """Decoding speed and memory of linear layers on this machine: the packed folder beside the model in BF16.
+
+    Example: `microbat bench qwen-mxfp4 --threads 1`
+    """
+    from microbat.bench import bench
+    from microbat.pipeline import pick_device
+
+    with _errors():
+        result = bench(folder, device=pick_device(device), tokens=tokens, prompt=prompt, rounds=rounds, threads=threads)
+    table = Table(title=str(folder))
+    for column in ("", "tokens/s", "linear layers, MB", "of them transforms and clips"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, side in (("packed", result.packed), ("BF16", result.bf16)):
+        table.add_row(name, f"{side.speed:.2f}", f"{side.nbytes / 1e6:.1f}", f"{side.online / 1e6:.2f}")
+    table.add_row("packed / BF16", f"{result.speed:.2f}", f"{result.memory:.3f}", "", style="bold")
+    console.print(table)
+    console.print(result.setting, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) -> None:
     """What is in a folder: bits per weight, sizes, formats, transforms with their parameter counts, per-layer errors, and
     the backend that runs each layer on this machine."""
