@@ -115,6 +115,14 @@ CASES |= {
     ),
     "matvec_nvfp4": (matvec.matvec_kernel, CASES["matvec"][1] | {"F": NVFP4, "B": 16, "outer_ptr": "*fp32", "TOKENS": 8, "R": 1}),
     "matvec_row": (matvec.matvec_kernel, CASES["matvec"][1] | {"F": INT8_ROW, "scale_ptr": "*fp32"}),
+    "matmul_float32": (
+        matmul.matmul_kernel,
+        WEIGHT | TILE | matmul.FLOAT32_TILE | {"x_ptr": "*fp32", "FX": None, "F": MXFP4, "OPERAND": tl.float32},
+    ),
+    "matmul_w4a8": (
+        matmul.matmul_kernel,
+        SCALED | {"BK": 64, "FX": MXFP8_E4M3, "F": INT4_GROUP, "scale_ptr": "*bf16", "OPERAND": tl.bfloat16},
+    ),
     "fallback": (
         matmul.matmul_kernel,
         SCALED | {"BK": 64, "OPERAND": tl.bfloat16, "x_done_ptr": "*i32", "done_ptr": "*i32"},

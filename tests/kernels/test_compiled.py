@@ -51,6 +51,8 @@ OTHERS = (
     "amax",
     "matvec_nvfp4",
     "matvec_row",
+    "matmul_float32",
+    "matmul_w4a8",
     "fallback",
     "gptq_row",
 )

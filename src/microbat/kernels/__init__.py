@@ -1,7 +1,8 @@
 """Triton kernels: the arithmetic of ``quantizers``, ``methods.gptq`` and ``runtime`` on a GPU, one pass over memory each.
 
 Every kernel computes what a few lines of torch compute elsewhere in microbat; the docstring says which, and whether the
-bits are the same. They take and return plain tensors, so that any room above may call them. Callers ask
+bits are the same. They take and return plain tensors, so that any room above may call them, and are launched on the
+tensors' own device (Triton left alone takes the current one). Callers ask
 :func:`runs_on` and import a kernel's file where they call it: without Triton, everything but these functions works.
 """
 

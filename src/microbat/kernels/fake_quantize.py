@@ -106,9 +106,11 @@ def forward(
     scale_G = torch.empty(x_GB.shape[0], dtype=torch.float32, device=x_GB.device)
     grid, shape = _launch(x_GB)
     low_G, high_G = (None if ratio is None else ratio.contiguous() for ratio in (low_G, high_G))
-    forward_kernel[grid](
-        x_GB.contiguous(), low_G, high_G, outer, out_GB, scale_G, x_GB.shape[0], **shape, F=format, RULE=rule, **EXACT
-    )
+    with torch.cuda.device_of(x_GB):
+        forward_kernel[grid](
+            x_GB.contiguous(), low_G, high_G, outer, out_GB, scale_G, x_GB.shape[0],
+            **shape, F=format, RULE=rule, **EXACT,
+        )  # fmt: skip
     return scale_G
 
 
@@ -132,10 +134,11 @@ def backward(
         for like in (x_GB, low_G, high_G)
     )
     grid, shape = _launch(x_GB)
-    backward_kernel[grid](
-        grad_GB.contiguous(), x_GB.contiguous(), low_G, high_G, scale_G, grad_x, grad_low, grad_high, x_GB.shape[0],
-        **shape, F=format, **EXACT,
-    )  # fmt: skip
+    with torch.cuda.device_of(x_GB):
+        backward_kernel[grid](
+            grad_GB.contiguous(), x_GB.contiguous(), low_G, high_G, scale_G, grad_x, grad_low, grad_high, x_GB.shape[0],
+            **shape, F=format, **EXACT,
+        )  # fmt: skip
     return grad_x, grad_low, grad_high
 
 

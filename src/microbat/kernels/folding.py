@@ -131,11 +131,12 @@ def fold(stored: Stored, *, width: int, format: BlockFormat) -> Folded:
         exponents=torch.empty(num_rows, dtype=torch.int32, device=device),
         exact=torch.empty(num_rows, dtype=torch.int32, device=device),
     )
-    fold_kernel[(triton.cdiv(num_rows, ROWS),)](
-        as_bytes(codes), as_bytes(scales), as_bytes(folded.values), folded.exponents, folded.exact, num_rows, width,
-        scales.shape[-1], codes.shape[-1], R=ROWS, W=COLUMNS, F=format, E4M3=E4M3, HEADROOM=headroom(format.element),
-        **EXACT,
-    )  # fmt: skip
+    with torch.cuda.device_of(codes):
+        fold_kernel[(triton.cdiv(num_rows, ROWS),)](
+            as_bytes(codes), as_bytes(scales), as_bytes(folded.values), folded.exponents, folded.exact, num_rows, width,
+            scales.shape[-1], codes.shape[-1], R=ROWS, W=COLUMNS, F=format, E4M3=E4M3, HEADROOM=headroom(format.element),
+            **EXACT,
+        )  # fmt: skip
     return folded
 
 
@@ -158,9 +159,10 @@ def folded_matmul(
     w = fold(weight, width=width, format=format) if folded_weight is None else folded_weight
     y = torch.empty(x[0].shape[0], weight[0].shape[0], dtype=dtype, device=x[0].device)
     tile = {**TILE, "BK": FOLDED_BK}
-    folded_matmul_kernel[grid_of(y)](
-        a.values, a.exponents, a.exact, w.values, w.exponents, w.exact, y, *y.shape, width,
-        **tile, STRIPE=STRIPE, **EXACT,
-    )  # fmt: skip
+    with torch.cuda.device_of(y):
+        folded_matmul_kernel[grid_of(y, tile)](
+            a.values, a.exponents, a.exact, w.values, w.exponents, w.exact, y, *y.shape, width,
+            **tile, STRIPE=STRIPE, **EXACT,
+        )  # fmt: skip
     decode_tiles(y, x[0], x[1], weight, width, format, x_format, None, None, operands, done=(a.exact, w.exact))
     return y

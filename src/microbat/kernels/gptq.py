@@ -87,9 +87,10 @@ def round_columns(
     errors = work_KN.new_empty(columns, num_rows)
     for start in range(0, width, columns):
         stop = min(start + columns, width)
-        gptq_kernel[(triton.cdiv(num_rows, ROWS),)](
-            work_KN[start:], factor[start:, start:], row_scale, outer, codes_KN[start:], scales[:, start // block :],
-            errors, num_rows, stop - start, width, groups, C=columns, B=block, R=ROWS, F=format, RULE=rule, **EXACT,
-        )  # fmt: skip
+        with torch.cuda.device_of(weight):
+            gptq_kernel[(triton.cdiv(num_rows, ROWS),)](
+                work_KN[start:], factor[start:, start:], row_scale, outer, codes_KN[start:], scales[:, start // block :],
+                errors, num_rows, stop - start, width, groups, C=columns, B=block, R=ROWS, F=format, RULE=rule, **EXACT,
+            )  # fmt: skip
         work_KN[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
     return QTensor(format=format, codes=codes_KN.T.contiguous(), scales=scales, tensor_scale=outer)

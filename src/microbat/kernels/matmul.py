@@ -24,6 +24,7 @@ from microbat.kernels.storage import as_bytes, load_scale, load_values
 Stored = tuple[Tensor, Tensor]  # packed codes [rows, .] and scales [rows, G], as ``formats.packing.pack`` stores them
 
 TILE = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8}
+FLOAT32_TILE = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8}  # of float32 operands; larger ones spill the registers
 STRIPE = 8  # row tiles that take turns, so that a column tile of the weight is read from the cache
 OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 SCALED_ELEMENTS = ("e2m1", "e4m3", "e5m2")  # that tl.dot_scaled knows, by these names
@@ -169,11 +170,14 @@ def decode_tiles(
     codes, scales = weight
     x = x.contiguous() if x_format is None else as_bytes(x)
     groups = 0 if x_scales is None else x_scales.shape[-1]
-    matmul_kernel[grid_of(y)](
-        x, None if x_scales is None else as_bytes(x_scales), as_bytes(codes), as_bytes(scales), x_outer, outer,
-        *(done or (None, None)), y, *y.shape, width, groups, scales.shape[-1], x.shape[-1], codes.shape[-1],
-        **TILE, FX=x_format, F=format, OPERAND=OPERANDS[operands], STRIPE=STRIPE, **EXACT,
-    )  # fmt: skip
+    # What another kernel left over lies in its tiles.
+    tile = FLOAT32_TILE if operands == torch.float32 and done is None else TILE
+    with torch.cuda.device_of(y):
+        matmul_kernel[grid_of(y, tile)](
+            x, None if x_scales is None else as_bytes(x_scales), as_bytes(codes), as_bytes(scales), x_outer, outer,
+            *(done or (None, None)), y, *y.shape, width, groups, scales.shape[-1], x.shape[-1], codes.shape[-1],
+            **tile, FX=x_format, F=format, OPERAND=OPERANDS[operands], STRIPE=STRIPE, **EXACT,
+        )  # fmt: skip
 
 
 def scaled_matmul(
@@ -192,11 +196,12 @@ def scaled_matmul(
     if not has_scaled(x_format, format):
         raise ValueError(f"no block-scaled product multiplies {x_format.name!r} by {format.name!r}")
     y = torch.empty(x[0].shape[0], weight[0].shape[0], dtype=dtype, device=x[0].device)
-    scaled_matmul_kernel[grid_of(y)](
-        as_bytes(x[0]), as_bytes(x[1]), as_bytes(weight[0]), as_bytes(weight[1]), x_outer, outer, y, *y.shape, width,
-        weight[1].shape[-1], x[0].shape[-1], weight[0].shape[-1],
-        **TILE, FX=x_format, F=format, X=kinds[0], W=kinds[1], STRIPE=STRIPE, **EXACT,
-    )  # fmt: skip
+    with torch.cuda.device_of(y):
+        scaled_matmul_kernel[grid_of(y, TILE)](
+            as_bytes(x[0]), as_bytes(x[1]), as_bytes(weight[0]), as_bytes(weight[1]), x_outer, outer, y, *y.shape, width,
+            weight[1].shape[-1], x[0].shape[-1], weight[0].shape[-1],
+            **TILE, FX=x_format, F=format, X=kinds[0], W=kinds[1], STRIPE=STRIPE, **EXACT,
+        )  # fmt: skip
     return y
 
 
@@ -206,5 +211,5 @@ def has_scaled(x_format: BlockFormat, format: BlockFormat) -> bool:
     return elements <= set(SCALED_ELEMENTS) and x_format.levels == format.levels and format.block is not None
 
 
-def grid_of(y: Tensor) -> tuple[int]:
-    return (triton.cdiv(y.shape[0], TILE["BM"]) * triton.cdiv(y.shape[1], TILE["BN"]),)
+def grid_of(y: Tensor, tile: dict[str, int]) -> tuple[int]:
+    return (triton.cdiv(y.shape[0], tile["BM"]) * triton.cdiv(y.shape[1], tile["BN"]),)

@@ -62,8 +62,9 @@ def matvec(x: Tensor, codes: Tensor, scales: Tensor, *, format: BlockFormat, out
     padded = triton.next_power_of_2(tokens)
     shape = {"TOKENS": padded, "R": max(1, VALUES // (padded * COLUMNS)), "W": COLUMNS, "B": format.block or SUMMED}
     y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
-    matvec_kernel[(triton.cdiv(rows, shape["R"]),)](
-        x.contiguous(), as_bytes(codes), as_bytes(scales), outer, y, tokens, rows, width, scales.shape[-1],
-        codes.shape[-1], **shape, F=format, **EXACT,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        matvec_kernel[(triton.cdiv(rows, shape["R"]),)](
+            x.contiguous(), as_bytes(codes), as_bytes(scales), outer, y, tokens, rows, width, scales.shape[-1],
+            codes.shape[-1], **shape, F=format, **EXACT,
+        )  # fmt: skip
     return y

@@ -190,10 +190,11 @@ def _quantize(
         raise ValueError(f"format {format.name!r} has a scale of the whole tensor; pass it as outer")
     codes, scales, out = results
     grid, arguments = _launch(x, format, blocks, low, high, precision)
-    quantize_kernel[grid](
-        **arguments, outer_ptr=outer, code_ptr=codes, scale_ptr=scales, y_ptr=out,
-        code_row=row_bytes(format, x.shape[-1]), F=format, RULE=rule, **EXACT,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        quantize_kernel[grid](
+            **arguments, outer_ptr=outer, code_ptr=codes, scale_ptr=scales, y_ptr=out,
+            code_row=row_bytes(format, x.shape[-1]), F=format, RULE=rule, **EXACT,
+        )  # fmt: skip
 
 
 def largest(
@@ -211,7 +212,8 @@ def largest(
     """
     amax = torch.zeros((), dtype=torch.int32, device=x.device)
     grid, arguments = _launch(x, format, blocks, low, high, precision)
-    amax_kernel[grid](**arguments, amax_ptr=amax, **EXACT)
+    with torch.cuda.device_of(x):
+        amax_kernel[grid](**arguments, amax_ptr=amax, **EXACT)
     return amax.view(torch.float32)
 
 
@@ -234,10 +236,11 @@ def dequantize(
     tile = _tile(format, block)
     rows = out.numel() // width
     grid = (triton.cdiv(width, tile["W"]), triton.cdiv(rows, tile["M"]))
-    dequantize_kernel[grid](
-        as_bytes(codes), as_bytes(scales), outer, out, rows, width, scales.shape[-1], codes.shape[-1],
-        **tile, B=block, F=format, **EXACT,
-    )  # fmt: skip
+    with torch.cuda.device_of(codes):
+        dequantize_kernel[grid](
+            as_bytes(codes), as_bytes(scales), outer, out, rows, width, scales.shape[-1], codes.shape[-1],
+            **tile, B=block, F=format, **EXACT,
+        )  # fmt: skip
     return out
 
 
