@@ -50,18 +50,19 @@ def test_bits_are_kept_and_biases_added(backend):
     linear = linear.to(torch.float32)
     assert f"backend={backend}" in repr(linear)
     without = PackedLinear(linear.site, weight, None, dtype=torch.float32, backend=backend)
-    assert torch.equal(linear(inputs(3)), without(inputs(3)) + linear.bias)
+    torch.testing.assert_close(linear(inputs(3)), without(inputs(3)) + linear.bias)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tokens", [2, 40])
-def test_bfloat16_rounds_the_output(backend, tokens):
-    weight, linear = layer(formats()["mxfp4"], backend, dtype=torch.bfloat16)
+def test_bfloat16_rounds_the_output_once(backend, tokens, bias):
+    weight, linear = layer(formats()["mxfp4"], backend, dtype=torch.bfloat16, bias=bias)
     linear = linear.to(torch.bfloat16)  # codes and scales stay
     x = inputs(tokens).to(torch.bfloat16)
     y = linear(x)
     assert y.dtype == torch.bfloat16
-    exact = reference.product(x, weight)
+    exact = reference.product(x, weight) + (linear.bias.double() if bias else 0)
     assert ((y - exact).abs() <= 2.0**-8 * exact.abs() + reference.bound(x, weight)).all()
 
 

@@ -53,15 +53,23 @@ def matvec_kernel(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(tokens < T)[:, None] & real[None, :])
 
 
-def matvec(x: Tensor, codes: Tensor, scales: Tensor, *, format: BlockFormat, outer: Tensor | None = None) -> Tensor:
-    """``x @ W.T`` [..., N] in x's dtype, for ``x`` [..., K] of up to 16 rows and packed W: codes [N, .], scales [N, G]."""
+def matvec(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    *,
+    format: BlockFormat,
+    outer: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``x @ W.T`` [..., N] of ``x`` [..., K], up to 16 rows, and packed W: codes [N, .], scales [N, G]; in ``dtype`` or x's."""
     width = x.shape[-1]
     tokens, rows = x.numel() // width, codes.shape[0]
     if tokens > MAX_TOKENS:
         raise ValueError(f"matvec multiplies up to {MAX_TOKENS} rows at a time, not {tokens}")
     padded = triton.next_power_of_2(tokens)
     shape = {"TOKENS": padded, "R": max(1, VALUES // (padded * COLUMNS)), "W": COLUMNS, "B": format.block or SUMMED}
-    y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
+    y = torch.empty(*x.shape[:-1], rows, dtype=dtype or x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         matvec_kernel[(triton.cdiv(rows, shape["R"]),)](
             x.contiguous(), as_bytes(codes), as_bytes(scales), outer, y, tokens, rows, width, scales.shape[-1],

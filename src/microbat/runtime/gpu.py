@@ -32,15 +32,21 @@ if TYPE_CHECKING:
 
 
 def product(layer: "PackedLinear", x: Tensor) -> Tensor:
-    """What ``layer`` sees of ``x`` [..., K], times its weight transposed: [T, N]."""
+    """What ``layer`` sees of ``x`` [..., K], times its weight transposed, plus its bias: [T, N]."""
+    if layer.bias is None:
+        return _product(layer, x, layer.dtype)
+    return _product(layer, x, torch.float32) + layer.bias  # rounded once, by the layer
+
+
+def _product(layer: "PackedLinear", x: Tensor, dtype: torch.dtype) -> Tensor:
     from microbat.kernels import folding, matmul, matvec
 
     tokens, width = x.numel() // layer.in_features, layer.in_features
     format, outer = layer.format, layer.tensor_scale if layer.format.has_tensor_scale else None
     weight = (layer.codes, layer.scales.view(SCALE_DTYPES[format.scale_element]))
     if tokens <= matvec.MAX_TOKENS:
-        return matvec.matvec(layer.site(x).reshape(-1, width), *weight, format=format, outer=outer)
-    settings = {"width": width, "format": format, "dtype": layer.dtype}
+        return matvec.matvec(layer.site(x).reshape(-1, width), *weight, format=format, outer=outer, dtype=dtype)
+    settings = {"width": width, "format": format, "dtype": dtype}
     seen = layer.site.packed(x)
     if seen is None:
         operands = torch.bfloat16 if layer.dtype == torch.bfloat16 else torch.float32
@@ -49,9 +55,8 @@ def product(layer: "PackedLinear", x: Tensor) -> Tensor:
     settings["x_format"] = seen.format
     stored = (seen.codes.flatten(0, -2), seen.scales.flatten(0, -2))
     kind = many(format, seen.format, x.device)
-    if (
-        kind == "folded" and tokens > matmul.TILE["BM"]
-    ):  # folding decodes a weight once, "decoded" once for so many tokens
+    # Folding decodes the weight once; the product of decoded tiles does so for each tile of tokens.
+    if kind == "folded" and tokens > matmul.TILE["BM"]:
         return folding.folded_matmul(stored, weight, **settings)
     if kind == "scaled":
         return matmul.scaled_matmul(stored, weight, **settings, outer=outer, x_outer=seen.tensor_scale)

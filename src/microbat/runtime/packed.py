@@ -78,8 +78,7 @@ class PackedLinear(nn.Module):
         return best(self.format, self.codes.device.type) if self._backend == "auto" else self._backend
 
     def forward(self, x: Tensor) -> Tensor:
-        y = BACKENDS[self.backend].product(self, x).view(*x.shape[:-1], -1)
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        return BACKENDS[self.backend].product(self, x).view(*x.shape[:-1], -1).to(x.dtype)
 
     @property
     def tensor_scale(self) -> Tensor:
@@ -123,7 +122,7 @@ class Head(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """``product(layer, x [..., K])``, the site's work included, is [T, N]; ``fits(format, device type)`` says where it works."""
+    """``product(layer, x [..., K])`` is all that the layer does, [T, N]; ``fits(format, device type)`` says where it works."""
 
     fits: Callable[[BlockFormat, str], bool]
     product: Callable[[PackedLinear, Tensor], Tensor]
@@ -133,7 +132,8 @@ def native_product(layer: PackedLinear, x: Tensor) -> Tensor:
     x = layer.site(x).reshape(-1, layer.in_features)
     if x.shape[0] <= (NATIVE_TOKENS if native.has_product(layer.format) else PORTABLE_TOKENS):
         x = x.to(torch.float32).contiguous()
-        return native.product(x, layer.codes, layer.scales, layer.outer, format=layer.format)
+        y = native.product(x, layer.codes, layer.scales, layer.outer, format=layer.format)
+        return y if layer.bias is None else y + layer.bias
     return _by_tiles(layer, x, _decode_natively)
 
 
@@ -181,7 +181,10 @@ def _by_tiles(layer: PackedLinear, x: Tensor, decode: Callable[[PackedLinear, in
         out = y[:, start : start + num_rows]
         tile = _buffer(out.shape[1] * layer.in_features, x.dtype, x.device).view(out.shape[1], -1)
         decode(layer, start, tile)
-        torch.mm(x, tile.T, out=out)
+        if layer.bias is None:
+            torch.mm(x, tile.T, out=out)
+        else:  # in one operation: a sum is rounded once
+            torch.addmm(layer.bias[start : start + num_rows].to(x.dtype), x, tile.T, out=out)
     return y
 
 
