@@ -37,6 +37,7 @@ lint: $(VENV)/test.stamp
 
 bench: $(VENV)/test.stamp
 	@$(RUN) $(BIN)/python benchmarks/fake_quantize.py
+	@$(RUN) $(BIN)/python benchmarks/packed_product.py
 	@$(RUN) $(BIN)/python benchmarks/calibration_step.py
 
 $(VENV)/torch.stamp:

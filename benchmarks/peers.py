@@ -34,6 +34,7 @@ from microbat.calibrate.data import Calibration
 from microbat.evaluation.quality import compare
 from microbat.export.folder import write_json
 from microbat.measure import text_windows
+from microbat.runtime.load import load_dequantized
 from microbat.scheme import Scheme
 
 PRESETS = {"W4A4KV16": "MXFP4", "W4A4KV16:nvfp4": "NVFP4"}  # our schemes, the peers' names for them
@@ -183,7 +184,7 @@ def measure_ours(cell: Cell) -> None:
         pipeline.run(cell.recipe(), folder, tokens=cell.tokens, title=f"{cell.row.method} {cell.scheme}")
         if not resumed:
             write_json(times, watch.read())
-    measure(cell, pipeline.load(folder), json.loads(times.read_text()) if times.is_file() else {}, {})
+    measure(cell, load_dequantized(folder), json.loads(times.read_text()) if times.is_file() else {}, {})
 
 
 def measure_peer(cell: Cell) -> None:

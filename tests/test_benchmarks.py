@@ -27,6 +27,12 @@ def test_fake_quantize(benchmark, capsys):
     assert "times the copy" in capsys.readouterr().out
 
 
+def test_packed_product(benchmark, capsys):
+    ratios = benchmark("packed_product").main(rows=64, width=128, rounds=2)
+    assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios.values())
+    assert "times as fast as torch BF16" in capsys.readouterr().out
+
+
 def test_calibration_step(benchmark, capsys):
     ratios = benchmark("calibration_step").main(size=128, rounds=1)
     assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios.values())
@@ -97,3 +103,27 @@ def test_a_model_that_does_not_compute_in_4_bits_is_not_measured(without_peers, 
     model = without_peers.pipeline.load(tiny())
     with pytest.raises(ValueError, match="0 of 14 products"):
         without_peers.check_products(model, model, torch.arange(24), 32)
+
+
+GPU = {
+    "gpu_transform_quantize": lambda module: module.contenders(5, 64, "cpu")[0],
+    "gpu_layer": lambda module: module.contenders(5, 64, 48, "cpu"),
+    "gpu_decode": lambda module: module.contenders(1, ((48, 64), (32, 96)), "cpu"),
+    "gpu_prefill": lambda module: module.contenders(5, 48, 64, "cpu"),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", GPU)
+def test_gpu_benchmarks_refuse_a_machine_without_one(benchmark, name):
+    with pytest.raises(SystemExit, match="measures a GPU, and torch sees none"):
+        benchmark(name).main()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", GPU)
+def test_what_gpu_benchmarks_time_runs_in_tritons_interpreter(benchmark, name):
+    pytest.importorskip("triton")
+    for what, function in GPU[name](benchmark(name)).items():
+        if "3 x bfloat16" not in what and what != "torch._scaled_mm, FP8":  # for GPUs alone
+            function()

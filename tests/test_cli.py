@@ -9,7 +9,9 @@ from typer.testing import CliRunner
 
 from microbat.cli import app
 from microbat.evaluation.generation import Served
+from microbat.formats.microscaling import MXFP4
 from microbat.recipe import Recipe
+from microbat.runtime.packed import best
 
 FAST = ["--num-calibration-samples", "8", "--max-seq-length", "32", "--precision", "float32"]
 
@@ -47,8 +49,18 @@ def test_recipe_file_reproduces(folder, tmp_path):
         assert (tmp_path / "again" / shard.name).read_bytes() == shard.read_bytes()
 
 
+def test_generate_continues_a_text(folder):
+    text = run("generate", folder, "--prompt", "w1 w2", "--max-new-tokens", "5")
+    assert text.endswith("\n")
+    assert text == run("generate", folder, "--prompt", "w1 w2", "--max-new-tokens", "5")
+    long = "w" * 300
+    assert "the prompt has 300 tokens; the model's context of 256" in run("generate", folder, "--prompt", long, code=2)
+    assert "the prompt is empty" in run("generate", folder, "--prompt", "", code=2)
+
+
 def test_inspect_tells_bits_transforms_and_parameters(folder):
     output = run("inspect", folder)
+    assert best(MXFP4, "cpu") in output
     assert "mxfp4, scale rule even" in output
     assert "bits per quantized weight" in output
     assert "model.layers.1.mlp.down_proj" in output

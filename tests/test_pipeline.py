@@ -74,7 +74,7 @@ def test_reloaded_folder_computes_what_calibration_saw(tiny, text_file, tmp_path
     model = microbat.load(out)
     for index, block in enumerate(model.model.layers):
         for path, weight in captured[index, "weights"].items():
-            assert torch.equal(block.get_submodule(path).weight, weight)
+            assert torch.equal(block.get_submodule(path).dequantize(), weight)
         for key, value in block.state_dict().items():
             assert torch.equal(value, captured[index][key]), key
     assert len(seen) == 2

@@ -352,9 +352,67 @@ def _print_scores(title: str, rows: list[tuple[str, dict[str, Any], str]]) -> No
 
 
 @app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A microbat folder, a model folder, or a name on the hub.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="At most so many; the end of the context ends it too.")
+    ] = 128,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+) -> None:
+    """Continue a text, greedily, printed as it comes. A scheme with KV8 or KV4 keeps its cache in those bits.
+
+    Example: `microbat generate qwen-mxfp4 --prompt 'The bat'`
+    """
+    from microbat import pipeline
+
+    with _errors():
+        pipeline.generate(
+            model,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            device=device,
+            show=lambda piece: print(piece, end="", flush=True),
+        )
+    print()
+
+
+@app.command()
+def bench(
+    folder: Annotated[Path, typer.Argument(help="A microbat folder.")],
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens to time.")] = 32,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens before them.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Both sides take turns so many times; the best time counts.")] = 5,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of a CPU; 0: torch's own number.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+) -> None:
+    """Decoding speed and memory of linear layers on this machine: the packed folder beside the model in BF16.
+
+    Example: `microbat bench qwen-mxfp4 --threads 1`
+    """
+    from microbat.bench import bench
+    from microbat.pipeline import pick_device
+
+    with _errors():
+        result = bench(folder, device=pick_device(device), tokens=tokens, prompt=prompt, rounds=rounds, threads=threads)
+    table = Table(title=str(folder))
+    for column in ("", "tokens/s", "linear layers, MB", "of them transforms and clips"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, side in (("packed", result.packed), ("BF16", result.bf16)):
+        table.add_row(name, f"{side.speed:.2f}", f"{side.nbytes / 1e6:.1f}", f"{side.online / 1e6:.2f}")
+    table.add_row("packed / BF16", f"{result.speed:.2f}", f"{result.memory:.3f}", "", style="bold")
+    console.print(table)
+    console.print(result.setting, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) -> None:
-    """What is in a folder: bits per weight, sizes, formats, transforms with their parameter counts, per-layer errors."""
+    """What is in a folder: bits per weight, sizes, formats, transforms with their parameter counts, per-layer errors, and
+    the backend that runs each layer on this machine."""
     from microbat.export.folder import read_contract
+    from microbat.pipeline import pick_device
+    from microbat.runtime.packed import described
+    from microbat.scheme import formats
 
     with _errors():
         contract = read_contract(folder)
@@ -373,15 +431,27 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
         f"quantized layers {size['quantized_layers'] / 1e6:.1f} MB, transforms and clips {size['transforms'] / 1e6:.2f} MB, "
         f"other {size['other'] / 1e6:.1f} MB, total {size['total'] / 1e6:.1f} MB (bfloat16: {size['bf16_total'] / 1e6:.1f} MB)"
     )
-    table = Table()
-    for column in ("layer", "shape", "format", "bits", "transform", "parameters", "weight error", "output error"):
-        table.add_column(column, justify="left" if column in ("layer", "format", "transform") else "right")
+    table, device = Table(), pick_device("auto")
+    activations = contract["activations"] and formats()[contract["activations"]["format"]]
+    for column in (
+        "layer",
+        "shape",
+        "format",
+        "bits",
+        "backend",
+        "transform",
+        "parameters",
+        "weight error",
+        "output error",
+    ):
+        table.add_column(column, justify="left" if column in ("layer", "format", "backend", "transform") else "right")
     for layer in content["layers"]:
         table.add_row(
             layer["name"],
             "x".join(map(str, layer["shape"])),
             layer["format"],
             f"{layer['bits']:.2f}",
+            described(formats()[layer["format"]], activations, device),
             layer["transform"] or "none",
             str(layer["transform_params"]),
             f"{layer['weight_error']:.4f}",
@@ -389,7 +459,9 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
         )
     console.print(table)
     parameters = {(layer["block"], layer["site"]): layer["transform_params"] for layer in content["layers"]}
-    console.print(f"{sum(parameters.values())} transform parameters in all")
+    console.print(
+        f"{sum(parameters.values())} transform parameters in all; backends are those of this machine's {device.type}"
+    )
 
 
 @app.command("list")

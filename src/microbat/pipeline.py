@@ -31,6 +31,7 @@ from microbat.quantizers.clip import Clip
 from microbat.recipe import Recipe, describe, to_json
 from microbat.report.activations import activation_record
 from microbat.report.page import write_page
+from microbat.runtime.generate import generate as continuation
 from microbat.runtime.load import load as load_folder
 from microbat.scheme import Scheme
 
@@ -134,15 +135,42 @@ def write_tokens(recipe: Recipe, file: Path) -> None:
         _calibration(recipe, Checkpoint(resolve(recipe.model)), file, pick_device(recipe.device))
 
 
-def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
-    """A runnable model: from a microbat folder as it was calibrated, or a float model from its folder or the hub."""
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+) -> nn.Module:
+    """A runnable model: from a microbat folder, its linear layers running from their bits in ``backend``, or a float model
+    from its folder or the hub."""
     path = resolve(folder)
     if folders.is_microbat_folder(path):
-        return load_folder(path, dtype=dtype, device=device)
+        return load_folder(path, dtype=dtype, device=device, backend=backend)
     Checkpoint(path)  # a damaged checkpoint shows here, with its name
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    device: str = "auto",
+    show: Callable[[str], None] = lambda piece: None,
+) -> str:
+    """The greedy continuation of ``prompt`` by ``model`` (a folder or a name on the hub); ``show`` gets it piece by piece.
+
+    Raises ValueError for a prompt that is empty or longer than the context, and for a device without enough memory.
+    """
+    chosen = pick_device(device)
+    try:
+        loaded = load(model, device=chosen)
+        return continuation(loaded, tokenizer_of(model), prompt, max_new_tokens=max_new_tokens, show=show)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{model} and this prompt do not fit the memory of {chosen}; try --device cpu") from error
 
 
 def tokenizer_of(model: str | Path) -> Any:

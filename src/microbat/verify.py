@@ -2,16 +2,16 @@
 
 1. Every stored tensor is read and its digest compared with the one written with it; an export's codes are decoded and
    compared with the codes that calibration chose. Exact; the error names file and tensor.
-2. Each quantized linear layer: what the engine made of the layer's input, against what microbat's runtime makes of the same
-   input in the same precision, by the relative error of the output. Bounded by ``LAYER_BOUND``, what one rounding of the
-   output and sums in another order cost; a dropped transform, clip or activation format, or another scale rule costs
-   10 to 1000 times as much.
+2. Each quantized linear layer: what the engine made of the layer's input (microbat's own runtime: from the packed bits),
+   against what calibration's layer, its weight as floats, makes of the same input in the same precision, by the relative
+   error of the output. Bounded by ``LAYER_BOUND``, what one rounding of the output and sums in another order cost; a
+   dropped transform, clip or activation format, or another scale rule costs 10 to 1000 times as much.
 3. The logits against the calibrated model's, by the mean KL divergence. Low-bit activations turn a rounding in the last
    place into another code, so that a model of 4-bit activations differs from itself, computed in float32 and in bfloat16,
    by half a nat and more: that distance, measured on the spot, is the bound. It is loose where the second test is tight.
 
 The calibrated model is, for microbat's own runtime, what calibration itself computed (``proof.safetensors``); for other
-engines microbat's runtime on the decoded codes, in the engine's own dtype and with the roundings that its products have.
+engines calibration's layers on the decoded codes, in the engine's own dtype and with the roundings that its products have.
 """
 
 # Shapes: L tokens, K width, N out, V vocabulary.
@@ -33,7 +33,7 @@ from microbat.linear import QuantLinear, SiteInput
 from microbat.models.base import Checkpoint, resolve
 from microbat.quantizers.base import AbsMax
 from microbat.registry import pick
-from microbat.runtime.load import assemble, load
+from microbat.runtime.load import assemble, load_dequantized
 
 LAYER_BOUND = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # relative error of a layer's output
 FLOOR = 1e-6  # nats; what summing in another order costs a model of 16-bit activations in float32
@@ -78,7 +78,7 @@ def verify(path: str | Path, *, engine: str = "") -> Verdict:
     chosen = pick("engine", engine or (Transformers.name if exported else Microbat.name), engines())()
     if exported:
         _check_engine(path, chosen.name)
-    source = partial(_exported, path) if exported else partial(load, path)
+    source = partial(_exported, path) if exported else partial(load_dequantized, path)
     model = lambda dtype: _rounding(source(dtype=dtype), chosen.activations)  # noqa: E731
     try:
         exact = model(dtype=torch.float32)

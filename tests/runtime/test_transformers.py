@@ -60,7 +60,7 @@ def test_it_takes_no_more_than_importing_microbat(folder, first):
         f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})",
         "print(type(model.model.layers[0].mlp.up_proj).__name__)",
     )
-    assert result.stdout.strip() == "QuantLinear", result.stderr
+    assert result.stdout.strip() == "PackedLinear", result.stderr
 
 
 def test_a_reader_without_microbat_gets_an_error(folder):

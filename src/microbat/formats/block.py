@@ -33,6 +33,9 @@ class BlockFormat:
     element: Element
     levels: tuple[Level, ...]
 
+    def __hash__(self) -> int:  # formats are keys on the way of every token; the fields' own hash takes microseconds
+        return hash(self.name)
+
     @property
     def scale_element(self) -> Element:
         """The element of the innermost scale, the one that belongs to a block."""

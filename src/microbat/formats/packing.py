@@ -16,7 +16,7 @@ from torch import Tensor
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.formats.element import BF16, E4M3, E8M0, FP32, Element
 
-SCALE_DTYPES = {E4M3: torch.float8_e4m3fn, BF16: torch.bfloat16, FP32: torch.float32}
+SCALE_DTYPES = {E8M0: torch.uint8, E4M3: torch.float8_e4m3fn, BF16: torch.bfloat16, FP32: torch.float32}
 CODE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 

@@ -7,10 +7,12 @@ Q-law: ``unpack(pack(q.quantize(x))).dequantize() == q.fake(x)``, bit for bit.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from microbat import native
 from microbat.formats.block import BlockFormat, QTensor, join_blocks, split_blocks
 from microbat.formats.scales import default_rule, rules_for
 from microbat.quantizers import kernel
@@ -26,6 +28,16 @@ class Scales:
     @property
     def product(self) -> Tensor:
         return self.block if self.tensor is None else self.block * self.tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A tensor in its own bits: packed codes [..., bytes] and scales [..., G] in their stored type, and the tensor's scale []."""
+
+    format: BlockFormat
+    codes: Tensor
+    scales: Tensor
+    tensor_scale: Tensor | None
 
 
 class Quantizer(ABC):
@@ -94,6 +106,12 @@ class AbsMax(Quantizer):
         and without a gradient: a buffer used again costs a CPU a third of a fresh one.
         """
         width = x.shape[-1]
+        if native.available(x) and native.has_rule(self.rule) and not _needs_gradient(x, low, high):
+            y = torch.empty(x.shape, dtype=_matmul_dtype(x.device)) if out is None else out
+            if native.available(y):
+                ratios = None if low is None or high is None else torch.stack((low, high), dim=-1)
+                self.native_fake(x, ratios, y)
+                return y
         x_GB = split_blocks(x, self.format.block_of(width))
         groups = x_GB.shape[:-1]
         low_G, high_G = (None if r is None else r.expand(groups).reshape(-1) for r in (low, high))
@@ -104,8 +122,46 @@ class AbsMax(Quantizer):
             y = kernel.fake_quantize(flat, low_G, high_G, outer, into, format=self.format, rule=self.rule)
         return join_blocks(y.unflatten(0, groups), width) if out is None else out
 
+    def native_fake(self, x: Tensor, ratios: Tensor | None, out: Tensor, map: native.Map | None = None) -> None:
+        """:meth:`fake` by the native kernel, after ``map``: write to ``out``. Its ``ratios`` [..., 2] broadcast to the blocks."""
+        block = self.format.block_of(x.shape[-1])
+        rows, groups = x.view(-1, x.shape[-1]), -(-x.shape[-1] // block)
+        low = high = None
+        if ratios is not None:
+            leading = x.shape[:-1] if ratios.dim() > 2 else ()
+            ratios = ratios.to(torch.float32).expand(*leading, groups, 2).reshape(-1, groups, 2).contiguous()
+            low, high = ratios.unbind(-1)
+        outer = self._tensor_scale(split_blocks(rows, block), low, high) if self.format.has_tensor_scale else None
+        native.fake_quantize(rows, ratios, outer, out, format=self.format, rule=self.rule, map=map)
+
+    def pack(self, x: Tensor, ratios: Tensor | None = None, blocks: Tensor | None = None) -> Packed:
+        """``quantize(clip(x))`` in its own bits, by the Triton kernel; before that a transform with diagonal ``blocks``.
+
+        ``ratios`` [G, 2] are clip ratios; ``kernels.has_map`` says which sizes of blocks go.
+        """
+        from microbat.kernels.quantize import quantize
+
+        settings = self._fused(x, ratios, blocks)
+        codes, scales = quantize(x, **settings)
+        return Packed(format=self.format, codes=codes, scales=scales, tensor_scale=settings["outer"])
+
+    def fake_transformed(self, x: Tensor, ratios: Tensor | None, blocks: Tensor) -> Tensor:
+        """The values of :meth:`pack`, as :meth:`fake` gives them, without a gradient."""
+        from microbat.kernels.quantize import fake
+
+        return fake(x, **self._fused(x, ratios, blocks), dtype=_matmul_dtype(x.device))
+
+    def _fused(self, x: Tensor, ratios: Tensor | None, blocks: Tensor | None) -> dict[str, Any]:
+        from microbat.kernels.quantize import largest
+
+        low, high = (None, None) if ratios is None else ratios.unbind(-1)
+        settings: dict[str, Any] = {"format": self.format, "blocks": blocks, "low": low, "high": high}
+        amax = largest(x, **settings) if self.format.has_tensor_scale else None
+        outer = None if amax is None else kernel.tensor_scale(amax, self.format)
+        return {**settings, "rule": self.rule, "outer": outer}
+
     def _tensor_scale(self, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor | None:
-        """The scale of all of ``x``, clipped, where ratios are given for its blocks [G, B]."""
+        """The scale of all of ``x``, clipped, where ratios are given for its blocks [..., G, B]."""
         if not self.format.has_tensor_scale:
             return None
         if low is None or high is None:
@@ -118,3 +174,7 @@ class AbsMax(Quantizer):
 
 def _matmul_dtype(device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,8 +1,9 @@
 """The one numerical core of every block quantizer: clip, scale, round, in one pass over blocks, and its gradient.
 
 ``forward`` and ``backward`` are plain functions of tensors. :func:`fake_quantize` runs them as one fused kernel each
-(``torch.compile``: C++ on a CPU, Triton on a GPU) with the straight-through gradient; small tensors and machines
-without a compiler run the same functions eagerly, with the same bits. Per block x of B numbers (paper, eq. 3 and 4):
+(on a GPU those of ``kernels.fake_quantize``, elsewhere by ``torch.compile``) with the straight-through gradient; small
+tensors and machines without a compiler run the same functions eagerly, with the same bits. Per block x of B numbers
+(paper, eq. 3 and 4):
 
     high = r_high * max(max x, 0),  low = r_low * min(min x, 0),  c = clip(x, low, high)
     s = scale rule(max(high, -low)),  y = s * round(c / s)
@@ -24,6 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from microbat import kernels
 from microbat.formats.block import BlockFormat
 from microbat.formats.element import power_of_two
 from microbat.formats.scales import POWER_OF_TWO_RULES
@@ -164,12 +166,13 @@ def fake_quantize(
 
 @torch.no_grad()
 def _run(function: Callable, tensors: tuple, format: BlockFormat, rule: str):  # type: ignore[no-untyped-def]
-    if tensors[0].numel() < EAGER_BELOW or not _can_compile():
+    if kernels.runs_on(tensors[0].device.type):
+        from microbat.kernels import fake_quantize as fused
+
+        return {forward: fused.forward, backward: fused.backward}[function](*tensors, format=format, rule=rule)
+    if tensors[0].numel() < EAGER_BELOW or not can_compile():
         return function(*tensors, format=format, rule=rule)
     tensors = tuple(tensor if tensor is None else tensor.detach() for tensor in tensors)
-    for tensor in tensors:
-        if tensor is not None and tensor.dim():
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
     dtypes = tuple("" if tensor is None else str(tensor.dtype) for tensor in tensors)
     return _compiled(function, format, rule, dtypes)(*tensors)
 
@@ -179,14 +182,28 @@ def _compiled(function: Callable, format: BlockFormat, rule: str, dtypes: tuple[
     def kernel(*tensors):  # type: ignore[no-untyped-def]
         return function(*tensors, format=format, rule=rule)
 
-    # A code object of its own: torch.compile counts recompilations per code object and gives up after a few.
-    name = "_".join((function.__name__, format.name, rule, *dtypes))
-    kernel.__code__ = kernel.__code__.replace(co_name=name)
-    return torch.compile(kernel)
+    return compiled(kernel, "_".join((function.__name__, format.name, rule, *dtypes)))
+
+
+def compiled(function: Callable, name: str) -> Callable:
+    """``function`` of tensors, compiled for any length of their first axes, under a ``name`` of its own.
+
+    torch.compile counts recompilations per code object, closures share theirs, and it gives up after a few.
+    """
+    function.__code__ = function.__code__.replace(co_name=name)
+    fast = torch.compile(function)
+
+    def call(*tensors):  # type: ignore[no-untyped-def]
+        for tensor in tensors:
+            if tensor is not None and tensor.dim():
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return fast(*tensors)
+
+    return call
 
 
 @functools.cache
-def _can_compile() -> bool:
+def can_compile() -> bool:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2))
     except Exception as error:  # no C++ compiler: any of several exception types, so all are reported

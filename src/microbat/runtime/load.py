@@ -1,6 +1,7 @@
-"""From a folder to a model: a transformers model whose linear layers are :class:`microbat.linear.QuantLinear`."""
+"""From a folder to a model: a transformers model whose linear layers are :class:`microbat.runtime.packed.PackedLinear`."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,34 +18,80 @@ from microbat.export.folder import (
     read_contract,
     read_shard,
 )
-from microbat.linear import install
+from microbat.kv import KVQuantizer
+from microbat.linear import Linear, QuantLinear, dequantized, install
 from microbat.models.base import Checkpoint
+from microbat.runtime.packed import Head, PackedLinear
 
 
-def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+) -> nn.Module:
     """The model in a microbat folder, ready for ``model(...)`` and ``model.generate(...)``.
 
-    Weights stay on their format's grid (unpacked to ``dtype``), activations are transformed and quantized as they were
-    in calibration. Raises ValueError for a folder that is not ours, not finished, or damaged.
+    Linear layers keep their codes and scales as stored and multiply by them in ``backend`` (``auto``: the best that each
+    layer's format and device have; :mod:`microbat.runtime.packed` lists them); ``dtype`` is that of everything else and
+    of their larger products. Activations are transformed and quantized as they were in calibration. A block at a time is
+    unpacked to codes of a byte each while it is read and checked, nothing to floats.
+    Raises ValueError for a folder that is not ours, not finished, or damaged, and for an unknown or unfit backend.
     """
-    folder = Path(folder)
+    checkpoint, blocks = _read(Path(folder))
+    linear = partial(PackedLinear, dtype=dtype, device=device, backend=backend)
+    model = assemble(checkpoint, blocks, linear, dtype=dtype, device=device)
+    head = checkpoint.family.head
+    model.set_submodule(head, Head(model.get_submodule(head)))
+    return model
+
+
+def load_dequantized(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The same model with its weights as floats on their grid, as calibration ran it: what to compare :func:`load` with."""
+    return assemble(*_read(Path(folder)), dtype=dtype)
+
+
+def load_plain(folder: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> nn.Module:
+    """What the model costs when nothing is quantized: its weights as ordinary linear layers, no transforms, no quantizers.
+
+    To be timed. Where a folder has transforms or scales online, it is not the calibrated model: that is
+    :func:`load_dequantized`.
+    """
+    model = assemble(*_read(Path(folder)), dtype=dtype, device=device)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            linear = nn.Linear(1, 1, device="meta")
+            linear.weight, linear.bias = nn.Parameter(module.weight, requires_grad=False), module.bias
+            linear.out_features, linear.in_features = module.weight.shape
+            model.set_submodule(name, linear)
+        elif isinstance(getattr(module, "kv", None), KVQuantizer):
+            module.kv = None
+    return model
+
+
+def _read(folder: Path) -> tuple[Checkpoint, Iterable[StoredBlock]]:
     read_contract(folder)
     checkpoint = Checkpoint(folder, index=INDEX)
     if not (folder / OTHER_SHARD).is_file():
         raise ValueError(f"{folder} lacks {OTHER_SHARD}")
     read_shard(folder / OTHER_SHARD)  # an altered tensor shows here, with its name
-    blocks = (read_block(folder / block_shard(index)) for index in range(checkpoint.config.num_hidden_layers))
-    return assemble(checkpoint, blocks, dtype=dtype, device=device)
+    return checkpoint, (read_block(folder / block_shard(i)) for i in range(checkpoint.config.num_hidden_layers))
 
 
 def assemble(
     checkpoint: Checkpoint,
     blocks: Iterable[StoredBlock],
+    linear: Linear | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """The model of ``blocks`` and of what ``checkpoint`` has beside them; ValueError where they do not fit its config."""
+    """The model of ``blocks`` and of what ``checkpoint`` has beside them; ValueError where they do not fit its config.
+
+    ``linear`` makes a quantized layer of its site, codes and bias; None: one with a float weight of ``dtype``.
+    """
+    linear = linear or partial(dequantized, dtype=dtype)
     family = checkpoint.family
     model = checkpoint.skeleton()
     for index, (block, stored) in enumerate(zip(model.get_submodule(family.blocks), blocks, strict=True)):
@@ -54,7 +101,7 @@ def assemble(
             raise ValueError(f"{checkpoint.path} has no tensor of {name}, which config.json asks for")
         file = checkpoint.file_of(own)
         check_fit(block, stored, file)
-        install(block, stored.quantized, dtype)
+        install(block, stored.quantized, linear)
         floats = {key: tensor.to(dtype) for key, tensor in stored.floats.items()}
         missing = block.load_state_dict(floats, strict=False, assign=True).missing_keys
         missing = [key for key in missing if not is_quantizers(key)]

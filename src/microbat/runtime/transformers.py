@@ -9,6 +9,7 @@ transformers places the tensors that are no codes; afterwards each block gets it
 """
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from microbat.export.folder import (
 from microbat.linear import install
 from microbat.models.attention import attention_function
 from microbat.models.base import family_of
+from microbat.runtime.packed import PackedLinear
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -74,7 +76,7 @@ class MicrobatQuantizer(HfQuantizer):
             stored = read_block(shard)
             check_fit(block, stored, shard)
             place = next(block.parameters())
-            install(block, stored.quantized, place.dtype)
+            install(block, stored.quantized, partial(PackedLinear, dtype=place.dtype))
             block.to(place.device)
         return model.requires_grad_(False)
 

@@ -52,6 +52,11 @@ class BlockDiagonal(Transform):
     def blocks(self) -> Tensor:
         """The diagonal blocks M [G, B, B]."""
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [1 or G, g1, g1] and B [1 or G, g2, g2] with M = B^T (x) A, block by block: the fewest numbers that do."""
+        blocks = self.blocks()
+        return blocks, blocks.new_ones(1, 1, 1)
+
     @abstractmethod
     def inverse_blocks(self) -> Tensor:
         """Their inverses [G, B, B], computed in float64."""

@@ -94,6 +94,9 @@ class BlockHadamard(BlockDiagonal):
     def blocks(self) -> Tensor:
         return self.H.expand(self.width // self.block, -1, -1)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.H[None], self.H.new_ones(1, 1, 1)
+
     def inverse_blocks(self) -> Tensor:
         return self.blocks()
 

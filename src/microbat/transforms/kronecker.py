@@ -53,6 +53,9 @@ class _Kronecker(BlockDiagonal):
     def blocks(self) -> Tensor:
         return kron(self.B.transpose(-1, -2), self.A)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.A.unflatten(0, (-1, self.g1)) if self.A.dim() == 2 else self.A, self.B
+
     def inverse_blocks(self) -> Tensor:
         return kron(inverse64(self.B).transpose(-1, -2), inverse64(self.A))
 

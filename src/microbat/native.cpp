@@ -1,0 +1,893 @@
+// microbat's kernels for CPUs: quantize (transform, clip, scale, round, pack), dequantize, and the product of a few
+// rows with a packed weight. Plain C symbols, no library but the C++ standard one; microbat/native.py calls them.
+//
+// A format is data: an element by its bits, largest value, smallest exponent and table of values; a scale by the way it
+// is stored. The arithmetic is that of quantizers/kernel.py, bit for bit: roundings come from adding and taking away a
+// power of two, exponents from the bits. Compile with -ffp-contract=off -fno-trapping-math, and
+// without -ffast-math.
+//
+// Shapes: T rows (tokens), K last axis, N rows of the weight, G blocks along K, B block size.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VECTORIZED __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define VECTORIZED
+#endif
+#if defined(__x86_64__) && defined(__GNUC__)
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16")))
+#include <immintrin.h>
+#endif
+#if defined(__GNUC__)
+#define INLINE inline __attribute__((always_inline))
+#else
+#define INLINE __forceinline
+#endif
+
+namespace {
+
+enum ScaleKind : int32_t { E8M0 = 0, E4M3 = 1, BF16 = 2, FP32 = 3, NONE = 4 };
+enum Rule : int32_t { FLOOR = 0, EVEN = 1, RCEIL = 2, CEIL = 3, ABSMAX = 4 };
+
+constexpr uint32_t EXPONENT = 0x7F800000, MAGNITUDE = 0x7FFFFFFF;
+constexpr float MIN_FLOAT_SCALE = 0x1p-9f;  // the smallest E4M3 subnormal
+constexpr int LARGEST_MAP = 1024;           // numbers in a block of a map
+
+INLINE uint32_t bits_of(float x) { uint32_t u; std::memcpy(&u, &x, 4); return u; }
+INLINE float float_of(uint32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
+
+struct Bfloat16 { uint16_t bits; };
+INLINE float load(float x) { return x; }
+INLINE float load(Bfloat16 x) { return float_of(uint32_t(x.bits) << 16); }
+INLINE void store(float& to, float x) { to = x; }
+INLINE void store(Bfloat16& to, float x) {  // round to nearest, ties to even; NaN stays NaN
+    uint32_t u = bits_of(x);
+    uint32_t rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
+    to.bits = uint16_t((u & MAGNITUDE) > EXPONENT ? (u >> 16) | 0x40 : rounded);
+}
+
+}  // namespace
+
+extern "C" {
+
+// A number format, as native.py fills it in.
+struct Format {
+    int32_t bits, mantissa_bits, emin, emax, fixed_point, block;  // block 0: the whole row shares a scale
+    int32_t scale, rule, bias;
+    float max;
+    float table[256];  // the value of every code
+};
+
+// What a block is clipped to, as shares of its extremes: [1 or T, G, 2]. Null: no clip.
+struct Clip {
+    const float* ratios;
+    int64_t stride;  // numbers from one row's ratios to the next; 0 where all share them
+};
+
+// A block-diagonal map in factors: a block read row-major as V [g2, g1] goes to B_i V A_i. g1 = 0: no map.
+struct Map {
+    const float* a;  // [1 or G, g1, g1]
+    const float* b;  // [1 or G, g2, g2]
+    int32_t g1, g2;
+    int64_t a_stride, b_stride;  // numbers from one block's factor to the next; 0 where all share it
+};
+
+}  // extern "C"
+
+namespace {
+
+// ---- threads: a pool that lives as long as the process; the caller works along -------------------------------------
+
+class Pool {
+  public:
+    void run(int num_threads, int64_t num_tasks, const std::function<void(int64_t)>& task) {
+        if (num_threads <= 1 || num_tasks <= 1 || !busy_.try_lock()) {  // nested or concurrent calls do their own work
+            for (int64_t i = 0; i < num_tasks; ++i) task(i);
+            return;
+        }
+        std::lock_guard<std::mutex> owner(busy_, std::adopt_lock);
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            while (int(workers_.size()) < num_threads - 1) {
+                workers_.emplace_back(&Pool::work, this, int(workers_.size()), generation_);
+                workers_.back().detach();
+            }
+            task_ = &task, num_tasks_ = num_tasks, next_ = 0, helpers_ = pending_ = num_threads - 1, ++generation_;
+        }
+        wake_.notify_all();
+        drain();
+        std::unique_lock<std::mutex> lock(mutex_);
+        done_.wait(lock, [this] { return pending_ == 0; });
+    }
+
+  private:
+    void drain() {
+        for (int64_t i; (i = next_.fetch_add(1)) < num_tasks_;) (*task_)(i);
+    }
+
+    void work(int index, uint64_t seen) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [&] { return generation_ != seen; });
+            seen = generation_;
+            if (index >= helpers_) continue;
+            lock.unlock();
+            drain();
+            lock.lock();
+            if (--pending_ == 0) done_.notify_one();
+        }
+    }
+
+    std::mutex busy_, mutex_;
+    std::condition_variable wake_, done_;
+    std::vector<std::thread> workers_;
+    const std::function<void(int64_t)>* task_ = nullptr;
+    std::atomic<int64_t> next_{0};
+    int64_t num_tasks_ = 0;
+    int helpers_ = 0, pending_ = 0;
+    uint64_t generation_ = 0;
+};
+
+Pool* pool = new Pool;  // never destroyed: its threads may outlive static destructors
+
+#if defined(__unix__) || defined(__APPLE__)
+const int renewed_after_fork = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });  // threads do not survive it
+#endif
+
+// ---- scales and rounding -------------------------------------------------------------------------------------------
+
+INLINE float power_of_two(int32_t exponent) {  // -127 is the subnormal that E8M0's code 0 means
+    return float_of(exponent <= -127 ? 1u << 22 : uint32_t(exponent + 127) << 23);
+}
+
+// The nearest value of a format with these three numbers, ties to even, saturating; NaN stays NaN.
+INLINE float round_to(float x, float max, uint32_t min_binade, uint32_t room) {
+    float magnitude = std::fabs(x);
+    magnitude = magnitude > max ? max : magnitude;
+    uint32_t binade = bits_of(magnitude) & EXPONENT;
+    binade = binade < min_binade ? min_binade : binade;
+    float shift = float_of(binade + room);
+    return float_of(bits_of((magnitude + shift) - shift) | (bits_of(x) & ~MAGNITUDE));
+}
+
+struct Rounding {
+    float max;
+    uint32_t min_binade, room;
+    explicit Rounding(const Format& f)
+        : max(f.max), min_binade(uint32_t(f.emin + 127) << 23), room(uint32_t(23 - f.mantissa_bits) << 23) {}
+    INLINE Rounding times(float scale, int32_t exponent) const {  // the same grid, that many times as wide
+        Rounding r = *this;
+        r.max *= scale, r.min_binade += uint32_t(exponent) << 23;
+        return r;
+    }
+};
+
+// The scale of a block in its own format, from its largest magnitude; a block with NaN or Inf has no scale but NaN.
+INLINE float block_scale(uint32_t amax_bits, float outer, const Format& f) {
+    float amax = float_of(amax_bits);
+    if (f.scale != E8M0) {
+        float wanted = (f.scale == E4M3 ? amax / outer : amax) / f.max;
+        if (f.scale == FP32) return wanted;
+        if (f.scale == BF16) {
+            Bfloat16 rounded;
+            store(rounded, wanted);
+            return load(rounded);
+        }
+        float scale = round_to(wanted, 448.0f, uint32_t(127 - 6) << 23, 20u << 23);
+        return scale < MIN_FLOAT_SCALE ? MIN_FLOAT_SCALE : scale;
+    }
+    if (amax_bits >= EXPONENT) return std::numeric_limits<float>::quiet_NaN();
+    uint32_t mantissa = amax_bits & 0x7FFFFF;
+    int32_t exponent = int32_t(amax_bits >> 23) - 127;
+    if (f.rule == EVEN) {
+        int32_t significant = f.fixed_point ? f.mantissa_bits - 1 : f.mantissa_bits;
+        exponent = int32_t((amax_bits + (1u << (22 - significant))) >> 23) - 127;
+    } else if (f.rule == RCEIL) {
+        exponent += mantissa > (bits_of(f.max) & 0x7FFFFF);
+    } else if (f.rule == CEIL) {
+        exponent += mantissa > 0;
+    }
+    exponent -= f.emax;
+    return power_of_two(exponent < -127 ? -127 : exponent > 127 ? 127 : exponent);
+}
+
+// Largest value above zero and smallest below it, both as bits of a magnitude: integers order as the floats do.
+template <class In>
+INLINE void extremes(const In* x, int64_t n, uint32_t& high, uint32_t& low) {
+    int32_t most = 0, least = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        int32_t up = int32_t(bits_of(load(x[i]))), down = up ^ int32_t(0x80000000);
+        most = up > most ? up : most;
+        least = down > least ? down : least;
+    }
+    high = uint32_t(most), low = uint32_t(least);
+}
+
+struct Block {  // what a block's numbers are clipped to and divided by
+    float low, high, scale, product, inverse;
+};
+
+template <class In>
+INLINE uint32_t largest(const In* x, int64_t n) {
+    int32_t most = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        int32_t magnitude = int32_t(bits_of(load(x[i])) & MAGNITUDE);
+        most = magnitude > most ? magnitude : most;
+    }
+    return uint32_t(most);
+}
+
+template <class In>
+INLINE Block measure(const In* x, int64_t n, const float* ratios, float outer, const Format& f) {
+    Block b{0, 0, 0, 0, 0};
+    uint32_t amax;
+    if (ratios) {
+        uint32_t high, low;
+        extremes(x, n, high, low);
+        b.low = -float_of(low) * ratios[0], b.high = float_of(high) * ratios[1];
+        low = bits_of(-b.low) & MAGNITUDE, high = bits_of(b.high) & MAGNITUDE;
+        amax = high > low ? high : low;
+    } else {
+        amax = largest(x, n);
+    }
+    b.scale = block_scale(amax, outer, f);
+    b.product = f.scale == E4M3 ? b.scale * outer : b.scale;
+    b.inverse = 1.0f / b.product;
+    return b;
+}
+
+// Element values of a block, before they are scaled back. POWER: the scale is a power of two, so its inverse is exact.
+template <bool POWER, class In, class Put>
+INLINE void round_block(const In* x, int64_t n, const Block& b, bool clips, const Rounding& r, Put put) {
+    const Block c = b;
+    const Rounding to = r;
+    for (int64_t i = 0; i < n; ++i) {
+        float v = load(x[i]);
+        if (clips) v = v < c.low ? c.low : v > c.high ? c.high : v;
+        v = POWER ? v * c.inverse : c.product == 0 ? 0.0f : v / c.product;
+        put(i, round_to(v, to.max, to.min_binade, to.room));
+    }
+}
+
+INLINE uint32_t encode(float value, const Format& f) {
+    uint32_t u = bits_of(value), magnitude = u & MAGNITUDE, sign = u >> 31;
+    if (f.fixed_point) {
+        float step = float_of(uint32_t(f.bias + 127) << 23);
+        return uint32_t(int32_t(value * step)) & ((1u << f.bits) - 1);
+    }
+    uint32_t normal = (magnitude >> (23 - f.mantissa_bits)) - (uint32_t(126 + f.emin) << f.mantissa_bits);
+    float unit = float_of(uint32_t(127 + f.mantissa_bits - f.emin) << 23);
+    uint32_t subnormal = uint32_t(int32_t(float_of(magnitude) * unit));
+    uint32_t code = magnitude < uint32_t(f.emin + 127) << 23 ? subnormal : normal;
+    code = magnitude > EXPONENT ? (1u << (f.bits - 1)) - 1 : code;  // NaN, where a format has one
+    return code | sign << (f.bits - 1);
+}
+
+INLINE int64_t packed_bytes(int64_t n, int bits) {
+    return bits == 6 ? (n + 3) / 4 * 3 : bits == 4 ? (n + 1) / 2 : n * bits / 8;
+}
+
+INLINE void pack_codes(const uint8_t* codes, int64_t n, int bits, uint8_t* out) {
+    auto at = [&](int64_t i) { return i < n ? uint32_t(codes[i]) : 0u; };
+    if (bits == 4) {
+        for (int64_t j = 0; j < n / 2; ++j) out[j] = uint8_t(codes[2 * j] | codes[2 * j + 1] << 4);
+        if (n % 2) out[n / 2] = codes[n - 1];
+    } else if (bits == 6) {
+        for (int64_t j = 0; 4 * j < n; ++j) {
+            uint32_t word = at(4 * j) | at(4 * j + 1) << 6 | at(4 * j + 2) << 12 | at(4 * j + 3) << 18;
+            out[3 * j] = uint8_t(word), out[3 * j + 1] = uint8_t(word >> 8), out[3 * j + 2] = uint8_t(word >> 16);
+        }
+    } else {
+        std::memcpy(out, codes, size_t(n));
+    }
+}
+
+INLINE void unpack_codes(const uint8_t* in, int64_t n, int bits, uint8_t* codes) {
+    if (bits == 4) {
+        for (int64_t j = 0; j < n / 2; ++j) codes[2 * j] = in[j] & 15, codes[2 * j + 1] = in[j] >> 4;
+        if (n % 2) codes[n - 1] = in[n / 2] & 15;
+    } else if (bits == 6) {
+        for (int64_t i = 0; i < n; ++i) {
+            const uint8_t* word = in + i / 4 * 3;
+            codes[i] = (uint32_t(word[0] | word[1] << 8 | word[2] << 16) >> (i % 4 * 6)) & 63;
+        }
+    } else {
+        std::memcpy(codes, in, size_t(n));
+    }
+}
+
+INLINE int scale_bytes(int32_t kind) { return kind == NONE ? 0 : kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
+
+INLINE void store_scale(uint8_t* to, int64_t g, float scale, const Format& f) {
+    uint32_t u = bits_of(scale);
+    if (f.scale == FP32) {
+        std::memcpy(to + 4 * g, &scale, 4);
+    } else if (f.scale == BF16) {
+        uint16_t half = uint16_t(u >> 16);
+        std::memcpy(to + 2 * g, &half, 2);
+    } else if (f.scale == E8M0) {
+        to[g] = uint8_t(std::isnan(scale) ? 255 : u >> 23);
+    } else {
+        uint32_t normal = (u >> 20) - (120u << 3);
+        to[g] = uint8_t(std::isnan(scale) ? 127 : scale < 0x1p-6f ? uint32_t(scale * 512.0f) : normal);
+    }
+}
+
+INLINE float load_scale(const uint8_t* from, int64_t g, int32_t kind) {
+    if (kind == FP32) {
+        float scale;
+        std::memcpy(&scale, from + 4 * g, 4);
+        return scale;
+    }
+    if (kind == BF16) {
+        uint16_t half;
+        std::memcpy(&half, from + 2 * g, 2);
+        return float_of(uint32_t(half) << 16);
+    }
+    uint32_t code = from[g];
+    if (kind == E8M0) return code == 255 ? std::numeric_limits<float>::quiet_NaN() : power_of_two(int32_t(code) - 127);
+    if ((code & 127) == 127) return std::numeric_limits<float>::quiet_NaN();
+    return code < 8 ? float(code) * 0x1p-9f : float_of((code << 20) + (120u << 23));
+}
+
+// ---- quantize ------------------------------------------------------------------------------------------------------
+
+template <bool POWER, int BLOCK, class In, class Out>
+INLINE void fake_row(const In* x, int64_t width, const float* ratios, float outer, const Format& f, Out* out) {
+    const Rounding rounding(f);
+    const int64_t block = BLOCK ? BLOCK : f.block ? f.block : width;
+    for (int64_t k = 0; k < width; k += block) {
+        const int64_t n = BLOCK ? BLOCK : std::min(block, width - k);
+        const Block b = measure(x + k, n, ratios ? ratios + k / block * 2 : nullptr, outer, f);
+        Out* to = out + k;
+        const float product = b.product;
+        const int32_t exponent = int32_t(bits_of(b.scale) >> 23) - 127;
+        if (POWER && exponent > -100 && exponent < 80) {  // nothing over- or underflows: round where the numbers are
+            const Rounding here = rounding.times(b.scale, exponent);
+            for (int64_t i = 0; i < n; ++i) {
+                float v = load(x[k + i]);
+                if (ratios) v = v < b.low ? b.low : v > b.high ? b.high : v;
+                store(to[i], round_to(v, here.max, here.min_binade, here.room));
+            }
+            continue;
+        }
+        if (ratios)
+            round_block<POWER>(x + k, n, b, true, rounding, [=](int64_t i, float v) { store(to[i], v * product); });
+        else
+            round_block<POWER>(x + k, n, b, false, rounding, [=](int64_t i, float v) { store(to[i], v * product); });
+    }
+}
+
+template <class In>
+INLINE void pack_row(const In* x, int64_t width, const float* ratios, float outer, const Format& f, uint8_t* codes,
+                     uint8_t* scales) {
+    const Rounding rounding(f);
+    const int64_t block = f.block ? f.block : width;
+    uint8_t buffer[64];
+    for (int64_t k = 0; k < width; k += block) {
+        const int64_t end = std::min(k + block, width);
+        const Block b = measure(x + k, end - k, ratios ? ratios + k / block * 2 : nullptr, outer, f);
+        for (int64_t at = k; at < end; at += 64) {  // a multiple of every packed word
+            const int64_t n = std::min<int64_t>(64, end - at);
+            auto put = [&](int64_t i, float v) { buffer[i] = uint8_t(encode(v, f)); };
+            if (f.scale == E8M0)
+                round_block<true>(x + at, n, b, ratios != nullptr, rounding, put);
+            else
+                round_block<false>(x + at, n, b, ratios != nullptr, rounding, put);
+            pack_codes(buffer, n, f.bits, codes + packed_bytes(at, f.bits));
+        }
+        store_scale(scales, k / block, b.scale, f);
+    }
+}
+
+template <class In>
+INLINE void map_block(const In* x, const float* a, const float* b, const Map& m, float* out) {
+    float half[LARGEST_MAP];
+    for (int r = 0; r < m.g2; ++r) {
+        float* row = half + r * m.g1;
+        for (int c = 0; c < m.g1; ++c) row[c] = 0;
+        for (int j = 0; j < m.g1; ++j)
+            for (int c = 0; c < m.g1; ++c) row[c] += load(x[r * m.g1 + j]) * a[j * m.g1 + c];
+    }
+    for (int r = 0; r < m.g2; ++r)
+        for (int c = 0; c < m.g1; ++c) {
+            float sum = 0;
+            for (int s = 0; s < m.g2; ++s) sum += b[r * m.g2 + s] * half[s * m.g1 + c];
+            out[r * m.g1 + c] = sum;
+        }
+}
+
+// The same sums in the same order, for the usual sizes: a block stays in registers of WIDE numbers.
+template <int G1, int G2, int WIDE, class In>
+INLINE void map_block(const In* x, const float* a, const float* b, float* out) {
+#if defined(__GNUC__)
+    typedef float Wide __attribute__((vector_size(WIDE * sizeof(float))));
+    Wide half[G2][G1 / WIDE] = {};
+    for (int j = 0; j < G1; ++j) {
+        Wide row[G1 / WIDE];
+        std::memcpy(row, a + j * G1, sizeof row);
+        for (int r = 0; r < G2; ++r)
+            for (int c = 0; c < G1 / WIDE; ++c) half[r][c] += load(x[r * G1 + j]) * row[c];
+    }
+    for (int r = 0; r < G2; ++r) {
+        Wide row[G1 / WIDE] = {};
+        for (int s = 0; s < G2; ++s)
+            for (int c = 0; c < G1 / WIDE; ++c) row[c] += b[r * G2 + s] * half[s][c];
+        std::memcpy(out + r * G1, row, sizeof row);
+    }
+#else
+    map_block(x, a, b, Map{a, b, G1, G2, 0, 0}, out);
+#endif
+}
+
+template <class In>
+VECTORIZED void map_rows_of(const In* x, int64_t rows, int64_t width, const Map& m, float* out) {
+    const int block = m.g1 * m.g2;
+    for (int64_t g = 0; g * block < width; ++g) {
+        const float *a = m.a + g * m.a_stride, *b = m.b + g * m.b_stride;
+        for (int64_t t = 0; t < rows; ++t) {
+            const In* from = x + t * width + g * block;
+            float* to = out + t * width + g * block;
+            if (m.g1 == 8 && m.g2 == 4)
+                map_block<8, 4, 8>(from, a, b, to);
+            else if (m.g1 == 8 && m.g2 == 2)
+                map_block<8, 2, 8>(from, a, b, to);
+            else if (m.g1 == 8 && m.g2 == 8)
+                map_block<8, 8, 8>(from, a, b, to);
+            else if (m.g1 == 16 && m.g2 == 1)
+                map_block<16, 1, 8>(from, a, b, to);
+            else if (m.g1 == 32 && m.g2 == 1)
+                map_block<32, 1, 8>(from, a, b, to);
+            else if (m.g1 == 64 && m.g2 == 1)
+                map_block<64, 1, 8>(from, a, b, to);
+            else
+                map_block(from, a, b, m, to);
+        }
+    }
+}
+
+template <class In, class Out>
+VECTORIZED void fake_rows(const In* x, int64_t rows, int64_t width, Clip clip, float outer, const Format& f, Out* out) {
+    for (int64_t t = 0; t < rows; ++t) {
+        const In* from = x + t * width;
+        Out* to = out + t * width;
+        const float* ratios = clip.ratios ? clip.ratios + t * clip.stride : nullptr;
+        if (f.scale == E8M0 && f.block == 32 && width % 32 == 0)
+            fake_row<true, 32>(from, width, ratios, outer, f, to);
+        else if (f.scale == E4M3 && f.block == 16 && width % 16 == 0)
+            fake_row<false, 16>(from, width, ratios, outer, f, to);
+        else if (f.scale == E8M0)
+            fake_row<true, 0>(from, width, ratios, outer, f, to);
+        else
+            fake_row<false, 0>(from, width, ratios, outer, f, to);
+    }
+}
+
+template <class In>
+VECTORIZED void pack_rows(const In* x, int64_t rows, int64_t width, Clip clip, float outer, const Format& f,
+                          uint8_t* codes, uint8_t* scales) {
+    const int64_t groups = f.block ? (width + f.block - 1) / f.block : 1;
+    for (int64_t t = 0; t < rows; ++t)
+        pack_row(x + t * width, width, clip.ratios ? clip.ratios + t * clip.stride : nullptr, outer, f, codes + t * packed_bytes(width, f.bits),
+                 scales + t * groups * scale_bytes(f.scale));
+}
+
+constexpr int64_t ROWS_AT_ONCE = 8;  // so that a block's factors are used while they are near
+
+// Do `f(x, first row, rows)` on slices of rows, mapped first where there is a map.
+template <class In, class Work>
+void on_rows(const In* x, int64_t rows, int64_t width, const Map& m, int threads, Work work) {
+    const int64_t wanted = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, width));
+    const int64_t slice = m.g1 ? ROWS_AT_ONCE : wanted;
+    pool->run(threads, (rows + slice - 1) / slice, [&](int64_t i) {
+        const int64_t first = i * slice, n = std::min(slice, rows - first);
+        if (!m.g1) return work(x + first * width, first, n);
+        thread_local std::vector<float> mapped;
+        mapped.resize(size_t(ROWS_AT_ONCE * width));
+        map_rows_of(x + first * width, n, width, m, mapped.data());
+        work(mapped.data(), first, n);
+    });
+}
+
+template <class In>
+void quantize(const In* x, int64_t rows, int64_t width, const Map& m, Clip all, float outer, const Format& f, void* out,
+              bool half, uint8_t* codes, uint8_t* scales, int threads) {
+    const int64_t groups = f.block ? (width + f.block - 1) / f.block : 1;
+    on_rows(x, rows, width, m, threads, [&](auto from, int64_t first, int64_t n) {
+        const Clip clip{all.ratios ? all.ratios + first * all.stride : nullptr, all.stride};
+        if (codes)
+            pack_rows(from, n, width, clip, outer, f, codes + first * packed_bytes(width, f.bits),
+                      scales + first * groups * scale_bytes(f.scale));
+        else if (half)
+            fake_rows(from, n, width, clip, outer, f, static_cast<Bfloat16*>(out) + first * width);
+        else
+            fake_rows(from, n, width, clip, outer, f, static_cast<float*>(out) + first * width);
+    });
+}
+
+// ---- dequantize ----------------------------------------------------------------------------------------------------
+
+template <class Out>
+INLINE void dequantize_row(const uint8_t* codes, const uint8_t* scales, int64_t width, float outer, const Format& f,
+                           Out* out) {
+    const int64_t block = f.block ? f.block : width;
+    uint8_t buffer[64];
+    for (int64_t k = 0; k < width; k += block) {
+        const int64_t end = std::min(k + block, width);
+        float scale = load_scale(scales, k / block, f.scale);
+        if (f.scale == E4M3) scale *= outer;
+        for (int64_t at = k; at < end; at += 64) {
+            const int64_t n = std::min<int64_t>(64, end - at);
+            unpack_codes(codes + packed_bytes(at, f.bits), n, f.bits, buffer);
+            for (int64_t i = 0; i < n; ++i) store(out[at + i], f.table[buffer[i]] * scale);
+        }
+    }
+}
+
+template <class Out>
+VECTORIZED void dequantize_rows(const uint8_t* codes, const uint8_t* scales, int64_t rows, int64_t width, float outer,
+                                const Format& f, Out* out) {
+    const int64_t groups = f.block ? (width + f.block - 1) / f.block : 1;
+    for (int64_t n = 0; n < rows; ++n)
+        dequantize_row(codes + n * packed_bytes(width, f.bits), scales + n * groups * scale_bytes(f.scale), width,
+                       outer, f, out + n * width);
+}
+
+// ---- a few rows times a packed weight ------------------------------------------------------------------------------
+
+// Portable: a weight row becomes float32 in a buffer that stays in the nearest cache, and meets every row of x there.
+constexpr int LANES = 16;
+
+VECTORIZED void product_portable(const float* x, int64_t tokens, int64_t width, const uint8_t* codes,
+                                 const uint8_t* scales, int64_t first, int64_t end, int64_t num_rows, float outer,
+                                 const Format& f, float* out) {
+    const int64_t groups = f.block ? (width + f.block - 1) / f.block : 1;
+    thread_local std::vector<float> buffer;
+    buffer.resize(size_t(width));
+    float* row = buffer.data();
+    for (int64_t n = first; n < end; ++n) {
+        dequantize_row(codes + n * packed_bytes(width, f.bits), scales + n * groups * scale_bytes(f.scale), width, outer,
+                       f, row);
+        for (int64_t t = 0; t < tokens; ++t) {
+            const float* from = x + t * width;
+            float sums[LANES] = {};
+            int64_t k = 0;
+            for (; k + LANES <= width; k += LANES)
+                for (int i = 0; i < LANES; ++i) sums[i] += from[k + i] * row[k + i];
+            float total = 0;
+            for (; k < width; ++k) total += from[k] * row[k];
+            for (int i = 0; i < LANES; ++i) total += sums[i];
+            out[t * num_rows + n] = total;
+        }
+    }
+}
+
+#ifdef AVX512
+
+// With AVX-512 BF16 every code becomes a BF16 number by a table in registers (each element of up to 8 bits is one
+// exactly), and x the sum of up to three BF16 planes, exactly. A product of two is exact in float32. Lanes collect a
+// block's products, meet its scale, and are added up at the row's end.
+//
+// A chunk is 64 bytes of codes; x lies in the order in which a chunk's codes come out of it.
+
+constexpr int MAX_PLANES = 4;
+constexpr int PREFETCH = 4096;  // bytes ahead: the processor's own prefetching stops at the end of a page
+
+struct Planes {  // [plane][chunk][vector][32] in the order of the chunk
+    std::vector<uint16_t> values;
+    int64_t count = 0, size = 0;
+    std::vector<int64_t> token;  // which row of x a plane belongs to
+};
+
+// Where number i of a chunk stands: vector and word within it.
+inline int64_t place(int bits, int i) {
+    if (bits == 4) return i % 4 * 32 + i / 4;  // nibble i % 4 of word i / 4
+    if (bits == 16) return i;
+    const int lane = i / 16, in_lane = i % 16;  // unpacking bytes to words works within 128 bits
+    return in_lane / 8 * 32 + lane * 8 + in_lane % 8;
+}
+
+Planes split(const float* x, int64_t tokens, int64_t width, int bits) {
+    const int chunk = 512 / bits;
+    const int64_t chunks = (width + chunk - 1) / chunk;
+    Planes p;
+    p.size = chunks * chunk;
+    std::vector<int> where(chunk);
+    for (int i = 0; i < chunk; ++i) where[i] = int(place(bits, i));
+    std::vector<float> rest(width);
+    for (int64_t t = 0; t < tokens; ++t) {
+        std::copy(x + t * width, x + (t + 1) * width, rest.begin());
+        for (int term = 0; term < 3; ++term) {
+            p.values.resize(size_t((p.count + 1) * p.size), 0);
+            uint16_t* plane = p.values.data() + p.count * p.size;
+            bool more = false;
+            for (int64_t k = 0; k < width; ++k) {
+                Bfloat16 part;
+                store(part, rest[k]);
+                plane[k / chunk * chunk + where[k % chunk]] = part.bits;
+                rest[k] -= load(part);
+                more |= rest[k] != 0;
+            }
+            p.token.push_back(t);
+            ++p.count;
+            if (!more) break;  // NaN and Inf leave NaN behind: never equal, three planes, the right answer
+        }
+    }
+    return p;
+}
+
+struct Codes4 {
+    static constexpr int BITS = 4, VECTORS = 4;
+    __m512i table;
+    AVX512 explicit Codes4(const Format& f) {
+        uint16_t words[32];
+        for (int i = 0; i < 32; ++i) words[i] = uint16_t(bits_of(f.table[i % 16]) >> 16);
+        table = _mm512_loadu_si512(words);
+    }
+    AVX512 INLINE void decode(__m512i bytes, __m512bh out[VECTORS]) const {  // indices: the low 5 bits of a word
+        out[0] = (__m512bh)_mm512_permutexvar_epi16(bytes, table);
+        out[1] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
+        out[2] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 8), table);
+        out[3] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 12), table);
+    }
+};
+
+struct Codes8 {
+    static constexpr int BITS = 8, VECTORS = 2;
+    __m512i low[4], high[4];  // the two bytes of each code's BF16 value, 64 codes a register
+    AVX512 explicit Codes8(const Format& f) {
+        uint8_t bytes[2][256];
+        for (int i = 0; i < 256; ++i)
+            for (int half = 0; half < 2; ++half) bytes[half][i] = uint8_t(bits_of(f.table[i]) >> (16 + 8 * half));
+        for (int i = 0; i < 4; ++i) {
+            low[i] = _mm512_loadu_si512(bytes[0] + 64 * i);
+            high[i] = _mm512_loadu_si512(bytes[1] + 64 * i);
+        }
+    }
+    AVX512 INLINE void decode(__m512i bytes, __m512bh out[VECTORS]) const {
+        const __mmask64 upper = _mm512_movepi8_mask(bytes);
+        const __m512i l = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(low[0], bytes, low[1]),
+                                                 _mm512_permutex2var_epi8(low[2], bytes, low[3]));
+        const __m512i h = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(high[0], bytes, high[1]),
+                                                 _mm512_permutex2var_epi8(high[2], bytes, high[3]));
+        out[0] = (__m512bh)_mm512_unpacklo_epi8(l, h);
+        out[1] = (__m512bh)_mm512_unpackhi_epi8(l, h);
+    }
+};
+
+struct Numbers16 {  // BF16 already
+    static constexpr int BITS = 16, VECTORS = 1;
+    AVX512 explicit Numbers16(const Format&) {}
+    AVX512 INLINE void decode(__m512i bytes, __m512bh out[VECTORS]) const { out[0] = (__m512bh)bytes; }
+};
+
+// The scales of a chunk's 16 lanes, from 16 / GROUP stored ones; GROUP lanes share one.
+template <int GROUP>
+struct ScalesE8M0 {
+    static constexpr int BYTES = 16 / GROUP;
+    __m512i spread;
+    AVX512 explicit ScalesE8M0() {
+        uint8_t index[64];
+        for (int i = 0; i < 64; ++i) index[i] = uint8_t(i % 4 == 3 ? i / 4 / GROUP : 128);  // 128: a zero byte
+        spread = _mm512_loadu_si512(index);
+    }
+    AVX512 INLINE __m512 load(const uint8_t* scales) const {
+        std::conditional_t<BYTES == 4, uint32_t, uint16_t> bytes;
+        std::memcpy(&bytes, scales, BYTES);
+        const __m512i all = _mm512_set1_epi32(int(bytes));
+        return _mm512_castsi512_ps(_mm512_srli_epi32(_mm512_shuffle_epi8(all, spread), 1));
+    }
+};
+
+template <int GROUP>
+struct ScalesE4M3 {
+    static constexpr int BYTES = 16 / GROUP;
+    static_assert(BYTES == 8);
+    __m512i index, low[2], high[2];
+    AVX512 explicit ScalesE4M3() {
+        uint8_t where[64], bytes[2][128];
+        for (int i = 0; i < 64; ++i) where[i] = uint8_t(i / 4 / GROUP);
+        for (int i = 0; i < 128; ++i) {
+            const uint8_t code = uint8_t(i);
+            for (int half = 0; half < 2; ++half)
+                bytes[half][i] = uint8_t(bits_of(load_scale(&code, 0, E4M3)) >> (16 + 8 * half));
+        }
+        index = _mm512_loadu_si512(where);
+        for (int i = 0; i < 2; ++i) {
+            low[i] = _mm512_loadu_si512(bytes[0] + 64 * i);
+            high[i] = _mm512_loadu_si512(bytes[1] + 64 * i);
+        }
+    }
+    AVX512 INLINE __m512 load(const uint8_t* scales) const {
+        uint64_t bytes;
+        std::memcpy(&bytes, scales, BYTES);
+        const __m512i codes = _mm512_shuffle_epi8(_mm512_set1_epi64(int64_t(bytes)), index);
+        const __m512i l = _mm512_maskz_permutex2var_epi8(0x4444444444444444u, low[0], codes, low[1]);
+        return _mm512_castsi512_ps(_mm512_mask_blend_epi8(0x8888888888888888u, l,
+                                                          _mm512_permutex2var_epi8(high[0], codes, high[1])));
+    }
+};
+
+struct ScalesBF16 {  // 4 blocks of 4 lanes
+    static constexpr int BYTES = 8;
+    AVX512 INLINE __m512 load(const uint8_t* scales) const {
+        const __m128i four = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales)));
+        const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+        return _mm512_castsi512_ps(_mm512_permutexvar_epi32(lanes, _mm512_castsi128_si512(_mm_slli_epi32(four, 16))));
+    }
+};
+
+struct ScaleOfRow {
+    static constexpr int BYTES = 0;  // the same one for every chunk
+    AVX512 INLINE __m512 load(const uint8_t* scales) const { return _mm512_set1_ps(load_scale(scales, 0, FP32)); }
+};
+
+struct NoScale {
+    static constexpr int BYTES = 0;
+    AVX512 INLINE __m512 load(const uint8_t*) const { return _mm512_set1_ps(1.0f); }
+};
+
+template <int PLANES, class Codes, class Scales>
+AVX512 INLINE void add_chunk(const uint16_t* x, int64_t plane_size, __m512i bytes, const uint8_t* scales,
+                             const Codes& decoder, const Scales& scaler, __m512 total[PLANES]) {
+    __m512bh values[Codes::VECTORS];
+    decoder.decode(bytes, values);
+    const __m512 scale = scaler.load(scales);
+    for (int j = 0; j < PLANES; ++j) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int v = 0; v < Codes::VECTORS; ++v)
+            sum = _mm512_dpbf16_ps(sum, values[v], (__m512bh)_mm512_loadu_si512(x + j * plane_size + 32 * v));
+        total[j] = _mm512_fmadd_ps(sum, scale, total[j]);
+    }
+}
+
+// One row of the weight after the other, so that memory is read in one stream: several at once are a third slower.
+template <int PLANES, class Codes, class Scales>
+AVX512 void product_planes(const Planes& p, int64_t plane, int64_t width, const uint8_t* codes, const uint8_t* scales,
+                           int64_t first, int64_t end, int64_t num_rows, float outer, const Format& f,
+                           const Codes& decoder, const Scales& scaler, float* out) {
+    const int64_t row_bytes = packed_bytes(width, f.bits);
+    const int64_t groups = f.block ? (width + f.block - 1) / f.block : 1;
+    const int64_t row_scales = groups * scale_bytes(f.scale);
+    for (int64_t n = first; n < end; ++n) {
+        const uint16_t* x = p.values.data() + plane * p.size;
+        const uint8_t *from = codes + n * row_bytes, *scale = scales + n * row_scales;
+        __m512 total[PLANES];
+        for (int j = 0; j < PLANES; ++j) total[j] = _mm512_setzero_ps();
+        int64_t left = row_bytes, scales_left = row_scales;
+        for (; left >= 64; left -= 64, from += 64, x += 512 / Codes::BITS) {
+            _mm_prefetch(reinterpret_cast<const char*>(from + PREFETCH), _MM_HINT_T0);
+            add_chunk<PLANES>(x, p.size, _mm512_loadu_si512(from), scale, decoder, scaler, total);
+            scale += Scales::BYTES, scales_left -= Scales::BYTES;
+        }
+        if (left > 0) {
+            const __m512i bytes = _mm512_maskz_loadu_epi8(~0ull >> (64 - left), from);
+            uint8_t rest[16] = {};  // the scales of the lanes beyond the row are zero, as their x is
+            std::copy(scale, scale + scales_left, rest);
+            add_chunk<PLANES>(x, p.size, bytes, rest, decoder, scaler, total);
+        }
+        for (int j = 0; j < PLANES; ++j)
+            out[p.token[size_t(plane + j)] * num_rows + n] += _mm512_reduce_add_ps(total[j]) * outer;
+    }
+}
+
+template <class Codes, class Scales>
+AVX512 void product_avx512(const Planes& p, int64_t width, const uint8_t* codes, const uint8_t* scales, int64_t first,
+                           int64_t end, int64_t num_rows, float outer, const Format& f, float* out) {
+    const Codes decoder(f);
+    const Scales scaler{};
+    for (int64_t plane = 0; plane < p.count; plane += MAX_PLANES) {
+        const int64_t n = std::min<int64_t>(MAX_PLANES, p.count - plane);
+        auto run = n == 1   ? product_planes<1, Codes, Scales>
+                   : n == 2 ? product_planes<2, Codes, Scales>
+                   : n == 3 ? product_planes<3, Codes, Scales>
+                            : product_planes<4, Codes, Scales>;
+        run(p, plane, width, codes, scales, first, end, num_rows, outer, f, decoder, scaler, out);
+    }
+}
+
+using Product = void (*)(const Planes&, int64_t, const uint8_t*, const uint8_t*, int64_t, int64_t, int64_t, float,
+                         const Format&, float*);
+
+// The kernel for a format on this processor; null where there is none and the portable one does the work.
+Product product_for(const Format& f) {
+    static const bool capable = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+                                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    if (!capable) return nullptr;
+    if (f.bits == 4 && f.scale == E8M0 && f.block == 32) return product_avx512<Codes4, ScalesE8M0<4>>;
+    if (f.bits == 4 && f.scale == E4M3 && f.block == 16) return product_avx512<Codes4, ScalesE4M3<2>>;
+    if (f.bits == 4 && f.scale == BF16 && f.block == 32) return product_avx512<Codes4, ScalesBF16>;
+    if (f.bits == 8 && f.scale == E8M0 && f.block == 32) return product_avx512<Codes8, ScalesE8M0<8>>;
+    if (f.bits == 16) return product_avx512<Numbers16, NoScale>;
+    if (f.bits == 8 && f.scale == FP32 && f.block == 0) return product_avx512<Codes8, ScaleOfRow>;
+    return nullptr;
+}
+
+#endif
+
+constexpr int64_t TASK_CODES = 1 << 18;  // weights a task takes; less is not worth waking a thread
+
+}  // namespace
+
+extern "C" {
+
+// x [rows, width] float32, or BF16 where `half_in`, through the map and the clip onto the format's grid: as floats into
+// `out` (BF16 where `half_out`), or, where `codes` is given, as packed codes and scales.
+void microbat_quantize(const void* x, int half_in, int64_t rows, int64_t width, const Map* map, const float* ratios,
+                       int64_t ratio_stride, float outer, const Format* format, void* out, int half_out, uint8_t* codes,
+                       uint8_t* scales, int threads) {
+    const Clip clip{ratios, ratio_stride};
+    if (half_in)
+        quantize(static_cast<const Bfloat16*>(x), rows, width, *map, clip, outer, *format, out, half_out, codes, scales,
+                 threads);
+    else
+        quantize(static_cast<const float*>(x), rows, width, *map, clip, outer, *format, out, half_out, codes, scales,
+                 threads);
+}
+
+// Packed rows to floats [rows, width], BF16 where `half_out`.
+void microbat_dequantize(const uint8_t* codes, const uint8_t* scales, int64_t rows, int64_t width, float outer,
+                         const Format* format, void* out, int half_out, int threads) {
+    const Format& f = *format;
+    const int64_t slice = std::max<int64_t>(1, (1 << 16) / width), groups = f.block ? (width + f.block - 1) / f.block : 1;
+    pool->run(threads, (rows + slice - 1) / slice, [&](int64_t i) {
+        const int64_t first = i * slice, n = std::min(slice, rows - first);
+        const uint8_t* c = codes + first * packed_bytes(width, f.bits);
+        const uint8_t* s = scales + first * groups * scale_bytes(f.scale);
+        if (half_out)
+            dequantize_rows(c, s, n, width, outer, f, static_cast<Bfloat16*>(out) + first * width);
+        else
+            dequantize_rows(c, s, n, width, outer, f, static_cast<float*>(out) + first * width);
+    });
+}
+
+// out [tokens, num_rows] = x [tokens, width] float32 times the packed weight [num_rows, width], transposed. 16 bits are
+// BF16 numbers without scales, where the processor has instructions for them.
+void microbat_product(const float* x, int64_t tokens, int64_t width, const uint8_t* codes, const uint8_t* scales,
+                      int64_t num_rows, float outer, const Format* format, float* out, int threads) {
+    const Format& f = *format;
+    const int64_t slice = (std::max<int64_t>(1, TASK_CODES / width) + 3) / 4 * 4;
+    const int64_t tasks = (num_rows + slice - 1) / slice;
+#ifdef AVX512
+    if (const Product product = product_for(f)) {
+        const Planes planes = split(x, tokens, width, f.bits);
+        std::fill(out, out + tokens * num_rows, 0.0f);
+        const float last = f.scale == E4M3 ? outer : 1.0f;
+        pool->run(threads, tasks, [&](int64_t i) {
+            product(planes, width, codes, scales, i * slice, std::min(num_rows, (i + 1) * slice), num_rows, last, f, out);
+        });
+        return;
+    }
+#endif
+    pool->run(threads, tasks, [&](int64_t i) {
+        product_portable(x, tokens, width, codes, scales, i * slice, std::min(num_rows, (i + 1) * slice), num_rows,
+                         outer, f, out);
+    });
+}
+
+// Whether the product of a format has a kernel of its own on this processor.
+int microbat_has_product(const Format* format) {
+#ifdef AVX512
+    return product_for(*format) != nullptr;
+#else
+    return format == nullptr;
+#endif
+}
+
+}  // extern "C"

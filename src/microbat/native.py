@@ -1,0 +1,215 @@
+"""The native kernels for CPUs (``native.cpp``), where the package was built with a C++ compiler.
+
+They quantize (transform, clip, scale, round, pack, in one pass), dequantize, and multiply a few rows with a packed
+weight. Quantizing and dequantizing give the bits of :mod:`microbat.quantizers.kernel` and of ``QTensor.dequantize``.
+The product's operands are exact, its sums float32: with u = 2^-24, each output is within K u sum |x_k w_k| of the exact
+one. AVX2, AVX-512 and its BF16 instructions are chosen by the processor at run time.
+"""
+
+# Shapes: T rows (tokens), K last axis, N rows of a weight, G blocks along K.
+
+import ctypes
+import functools
+import importlib.util
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from microbat.formats.block import BlockFormat
+from microbat.formats.element import BF16, E4M3, E8M0, FP32
+from microbat.formats.packing import SCALE_DTYPES
+
+SCALES = {E8M0: 0, E4M3: 1, BF16: 2, FP32: 3}
+RULES = {"floor": 0, "even": 1, "rceil": 2, "ceil": 3, "absmax": 4}
+FLOATS = (torch.float32, torch.bfloat16)
+LARGEST_MAP = 1024  # numbers in a block of a map
+
+
+class _Format(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("bits", "mantissa_bits", "emin", "emax", "fixed_point", "block")),
+        *((name, c_int32) for name in ("scale", "rule", "bias")),
+        ("max", c_float),
+        ("table", c_float * 256),
+    ]
+
+
+class _Map(Structure):
+    _fields_ = [
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("g1", c_int32),
+        ("g2", c_int32),
+        ("a_stride", c_int64),
+        ("b_stride", c_int64),
+    ]
+
+
+_NO_MAP = _Map()
+_BFLOAT16 = _Format(bits=16, scale=4)  # numbers, no codes: neither table nor scales
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The built kernels; None where the package was installed without a C++ compiler."""
+    found = importlib.util.find_spec("microbat._native")
+    if found is None or found.origin is None:
+        return None
+    lib = ctypes.CDLL(found.origin)
+    pointer, integer, long, real = c_void_p, ctypes.c_int, c_int64, c_float
+    form = POINTER(_Format)
+    lib.microbat_quantize.argtypes = [
+        *(pointer, integer, long, long, POINTER(_Map), pointer, long, real, form),
+        *(pointer, integer, pointer, pointer, integer),
+    ]
+    lib.microbat_dequantize.argtypes = [pointer, pointer, long, long, real, form, pointer, integer, integer]
+    lib.microbat_product.argtypes = [pointer, long, long, pointer, pointer, long, real, form, pointer, integer]
+    lib.microbat_has_product.argtypes = [form]
+    for function in (lib.microbat_quantize, lib.microbat_dequantize, lib.microbat_product):
+        function.restype = None
+    return lib
+
+
+def available(*tensors: Tensor) -> bool:
+    """Whether the kernels are built and take ``tensors``: on a CPU, float32 or BF16, contiguous, and not empty."""
+    return library() is not None and all(
+        t.device.type == "cpu" and t.dtype in FLOATS and t.is_contiguous() and t.numel() > 0 for t in tensors
+    )
+
+
+def has_rule(rule: str) -> bool:
+    """Whether the kernels know this scale rule (all but ``mse``, which tries two scales per block)."""
+    return rule in RULES
+
+
+@functools.cache
+def has_product(format: BlockFormat) -> bool:
+    """Whether :func:`product` has instructions for the format on this processor; the portable one decodes row by row."""
+    lib = library()
+    return lib is not None and bool(lib.microbat_has_product(byref(_format(format, ""))))
+
+
+class Map:
+    """A block-diagonal map in factors, as the kernels read it: A [1 or G, g1, g1] and B [1 or G, g2, g2], float32.
+
+    A block of the last axis, read row-major as V [g2, g1], goes to B V A.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor):
+        self.a, self.b = (factor.detach().to(torch.float32).contiguous() for factor in (a, b))
+        (num_a, g1, _), (num_b, g2, _) = self.a.shape, self.b.shape
+        strides = (g1 * g1 if num_a > 1 else 0, g2 * g2 if num_b > 1 else 0)
+        self.struct = _Map(self.a.data_ptr(), self.b.data_ptr(), g1, g2, *strides)
+
+
+def fake_quantize(
+    x: Tensor,
+    ratios: Tensor | None,
+    outer: Tensor | None,
+    out: Tensor,
+    *,
+    format: BlockFormat,
+    rule: str,
+    map: Map | None = None,
+) -> None:
+    """Write the values of ``x`` [T, K] after map, clip, scale and rounding to ``out``, rounded to its dtype.
+
+    ``ratios`` float32 [1 or T, G, 2], contiguous; None for no clipping.
+    """
+    _quantize(x, ratios, outer, format, rule, map, out, None, None)
+
+
+def quantize(
+    x: Tensor, ratios: Tensor | None, outer: Tensor | None, *, format: BlockFormat, rule: str
+) -> tuple[Tensor, Tensor]:
+    """Packed codes uint8 [T, bytes] and scales [T, G] in their stored type, as ``formats.packing.pack`` lays them out."""
+    width = x.shape[-1]
+    codes = torch.empty(x.shape[0], packed_bytes(width, format), dtype=torch.uint8)
+    groups = -(-width // format.block_of(width))
+    scales = torch.empty(x.shape[0], groups, dtype=SCALE_DTYPES[format.scale_element])
+    _quantize(x, ratios, outer, format, rule, None, None, codes, scales)
+    return codes, scales
+
+
+def packed_bytes(width: int, format: BlockFormat) -> int:
+    """Bytes of a packed row of ``width`` codes."""
+    return {4: -(-width // 2), 6: -(-width // 4) * 3, 8: width}[format.element.bits]
+
+
+def dequantize(codes: Tensor, scales: Tensor, outer: float, out: Tensor, *, format: BlockFormat) -> None:
+    """Write the values of packed rows to ``out`` [N, K], rounded to its dtype."""
+    library().microbat_dequantize(  # type: ignore[union-attr]
+        codes.data_ptr(), scales.data_ptr(), *out.shape, outer, byref(_format(format, "")),
+        out.data_ptr(), out.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def product(x: Tensor, codes: Tensor, scales: Tensor, outer: float, *, format: BlockFormat) -> Tensor:
+    """float32 [T, N]: ``x`` [T, K] float32 times a packed weight of N rows, transposed."""
+    out = torch.empty(x.shape[0], codes.shape[0])
+    library().microbat_product(  # type: ignore[union-attr]
+        x.data_ptr(), *x.shape, codes.data_ptr(), scales.data_ptr(), codes.shape[0], outer,
+        byref(_format(format, "")), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def has_bfloat16_product() -> bool:
+    """Whether this processor multiplies BF16 numbers, and the kernels are there to do it."""
+    return library() is not None and bool(library().microbat_has_product(byref(_BFLOAT16)))  # type: ignore[union-attr]
+
+
+def bfloat16_product(x: Tensor, weight: Tensor) -> Tensor:
+    """float32 [T, N]: ``x`` [T, K] float32 times a BF16 weight [N, K], transposed."""
+    out = torch.empty(x.shape[0], weight.shape[0])
+    library().microbat_product(  # type: ignore[union-attr]
+        x.data_ptr(), *x.shape, weight.data_ptr(), None, weight.shape[0], 1.0,
+        byref(_BFLOAT16), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _quantize(
+    x: Tensor,
+    ratios: Tensor | None,
+    outer: Tensor | None,
+    format: BlockFormat,
+    rule: str,
+    map: Map | None,
+    out: Tensor | None,
+    codes: Tensor | None,
+    scales: Tensor | None,
+) -> None:
+    shared = ratios is None or ratios.shape[0] == 1
+    library().microbat_quantize(  # type: ignore[union-attr]
+        x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, byref(map.struct if map else _NO_MAP),
+        _pointer(ratios), 0 if shared else ratios.stride(0),  # type: ignore[union-attr]
+        1.0 if outer is None else outer.item(), byref(_format(format, rule)),
+        _pointer(out), out is not None and out.dtype == torch.bfloat16, _pointer(codes), _pointer(scales),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def _format(format: BlockFormat, rule: str) -> _Format:
+    element = format.element
+    struct = _Format(
+        bits=element.bits,
+        mantissa_bits=element.mantissa_bits,
+        emin=element.emin,
+        emax=element.emax,
+        fixed_point=element.is_fixed_point,
+        block=format.block or 0,
+        scale=SCALES[format.scale_element],
+        rule=RULES.get(rule, 0),
+        bias=element.bias,
+        max=element.max,
+    )
+    for code, value in enumerate(element.table.tolist()):
+        struct.table[code] = value
+    return struct

@@ -1,0 +1,117 @@
+"""Packed layers against the oracle: every format, every backend, few tokens and many."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+from microbat import native
+from microbat.linear import SiteInput
+from microbat.quantizers.base import AbsMax
+from microbat.runtime import packed, reference
+from microbat.runtime.packed import Head, PackedLinear
+from microbat.scheme import formats
+
+N, K = 42, 288  # no multiple of a kernel's chunk
+BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(native.library() is None, reason="no compiler"))]
+
+
+def layer(format, backend, *, dtype=torch.float32, activation=None, bias=False):
+    weight = AbsMax(format=format).quantize(torch.randn(N, K, generator=torch.Generator().manual_seed(1)))
+    site = SiteInput(None, activation)
+    b = torch.linspace(-1, 1, N) if bias else None
+    return weight, PackedLinear(site, weight, b, dtype=dtype, backend=backend)
+
+
+def inputs(tokens):
+    return torch.randn(2, tokens, K, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 40])
+@pytest.mark.parametrize("activation", [None, "mxfp8_e4m3", "mxfp4", "nvfp4", "int8"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", sorted(formats()))
+def test_product_is_the_exact_one_but_for_the_sums(name, backend, activation, tokens):
+    quantizer = AbsMax(format=formats()[activation]) if activation else None
+    weight, linear = layer(formats()[name], backend, activation=quantizer)
+    x = inputs(tokens)
+    seen = quantizer.quantize(x) if quantizer else x
+    error = (linear(x) - reference.product(seen, weight)).abs()
+    assert (error <= reference.bound(seen, weight)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bits_are_kept_and_biases_added(backend):
+    weight, linear = layer(formats()["nvfp4"], backend, bias=True)
+    assert torch.equal(linear.dequantize(), weight.dequantize())
+    assert linear.nbytes == N * K // 2 + N * K // 16
+    assert torch.equal(linear.to(torch.bfloat16).dequantize(), weight.dequantize())  # scales stay as they are
+    linear = linear.to(torch.float32)
+    assert f"backend={backend}" in repr(linear)
+    without = PackedLinear(linear.site, weight, None, dtype=torch.float32, backend=backend)
+    torch.testing.assert_close(linear(inputs(3)), without(inputs(3)) + linear.bias)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_bfloat16_rounds_the_output_once(backend, tokens, bias):
+    weight, linear = layer(formats()["mxfp4"], backend, dtype=torch.bfloat16, bias=bias)
+    linear = linear.to(torch.bfloat16)  # codes and scales stay
+    x = inputs(tokens).to(torch.bfloat16)
+    y = linear(x)
+    assert y.dtype == torch.bfloat16
+    exact = reference.product(x, weight) + (linear.bias.double() if bias else 0)
+    assert ((y - exact).abs() <= 2.0**-8 * exact.abs() + reference.bound(x, weight)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wide_layers_run_tile_by_tile(backend, monkeypatch):
+    monkeypatch.setattr(packed, "TILE_BYTES", 5 * K * 4)  # 42 rows: eight tiles of five, one of two
+    weight, linear = layer(formats()["mxfp8_e4m3"], backend)
+    x = inputs(40)
+    assert ((linear(x) - reference.product(x, weight)).abs() <= reference.bound(x, weight)).all()
+
+
+def test_a_compiled_decoder_gives_the_same_bits():
+    format = formats()["mxfp4"]
+    weight = AbsMax(format=format).quantize(torch.randn(600, K))
+    linear = PackedLinear(SiteInput(), weight, None, dtype=torch.float32, backend="torch")
+    tile = torch.empty(600, K)
+    packed._decode(linear, 0, tile)
+    assert torch.equal(tile, weight.dequantize())
+
+
+def test_backends_by_name():
+    with pytest.raises(ValueError, match="unknown backend 'nativ'; did you mean 'native'"):
+        layer(formats()["mxfp4"], "nativ")
+    with pytest.raises(ValueError, match="backend 'native' does not run mxfp4 on 'cuda'"):
+        packed.check("native", formats()["mxfp4"], "cuda")
+    installed = importlib.util.find_spec("triton") is not None
+    assert packed.best(formats()["mxfp4"], "cuda") == ("triton" if installed else "torch")
+    with pytest.raises(ValueError, match="backend 'triton' does not run mxfp4 on 'cpu' here"):
+        layer(formats()["mxfp4"], "triton")
+
+
+def test_the_portable_product(monkeypatch):
+    """6-bit formats have no kernel of their own on any processor: their rows are decoded one at a time."""
+    if native.library() is None:
+        pytest.skip("no compiler")
+    format = formats()["mxfp6_e2m3"]
+    weight = AbsMax(format=format).quantize(torch.randn(N, K, generator=torch.Generator().manual_seed(1)))
+    codes, scales = native.quantize(weight.dequantize(), None, None, format=format, rule="rceil")
+    x = inputs(3)[0]
+    y = native.product(x, codes, scales, 1.0, format=format)
+    assert ((y - reference.product(x, weight)).abs() <= reference.bound(x, weight)).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_computes_what_it_did(dtype, tokens):
+    linear = nn.Linear(K - 5, N, bias=False).to(dtype).requires_grad_(False)
+    x = torch.randn(1, tokens, K - 5, generator=torch.Generator().manual_seed(2)).to(dtype)
+    y = Head(linear)(x)
+    exact, size = (f(x.double()) @ f(linear.weight.double()).T for f in (torch.clone, torch.abs))
+    assert y.dtype == dtype
+    assert ((y - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + K * 2.0**-24 * size).all()
