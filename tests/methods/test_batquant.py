@@ -91,6 +91,15 @@ def test_last_steps_improve_on_nearest(tiny):
     assert learned[0].error < nearest[0].error
 
 
+def test_refining_keeps_the_codes_and_lowers_the_error(tiny):
+    settings = {"epochs": 5, "transform": "full"}
+    plain, before = quantize(tiny(), (BATQuant(**settings, refine_epochs=0),), GPTQ())
+    refined, after = quantize(tiny(), (BATQuant(**settings, refine_epochs=10),), GPTQ())
+    assert all(torch.equal(plain[0].weights[path].codes, q.codes) for path, q in refined[0].weights.items())
+    assert after[0].error < 0.97 * before[0].error
+    assert len(after[0].loss) == 3 * len(before[0].loss)
+
+
 @pytest.mark.parametrize("scheme", ["W4A4:nvfp4", "W4A8", "W4A16", "W8A8:int8"])
 def test_every_block_format_works(tiny, scheme):
     preparer = BATQuant(epochs=1) if scheme != "W8A8:int8" else BATQuant(epochs=1, g=32)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from microbat.calibrate.fake import faked, transformed
 from microbat.calibrate.stats import Hessian
+from microbat.formats.block import QTensor
 from microbat.kv import KVQuantizer
 from microbat.linear import QuantBlock, QuantLinear, QuantSite, SiteInput, install
 from microbat.methods.base import Plan, Preparer, Quant, SitePlan, Solver, Statistics
@@ -94,14 +95,14 @@ class _Data:
             self._runner.run(self.block, self.float_inputs)
         return largest
 
-    def faked(self, plan: Plan, weights: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    def faked(self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False) -> Callable[[Tensor], Tensor]:
         for site in plan.sites:
             for module in (site.transform, site.activation, *site.weights.values(), plan.kv):
                 if isinstance(module, nn.Module):
                     module.to(self._runner.job.device)
 
         def function(x: Tensor) -> Tensor:
-            with faked(self.block, plan, weights) as block:
+            with faked(self.block, plan, weights, rounded) as block:
                 return self._runner.step(block, x)
 
         return function
@@ -189,15 +190,21 @@ def _quantize_block(job: Job, data: _Data, name: str, observe: Observer) -> tupl
     plan = _initial_plan(job, name)
     for preparer in job.preparers:
         plan = preparer.prepare(data, plan, job.solver)
-    frozen = [_freeze(site) for site in plan.sites]
-    kv = _freeze_kv(plan.kv)
-    data.block.get_submodule(plan.attention).kv = kv
-    weights = {path: data.block.get_submodule(path).weight for site in frozen for path in site.weights}
-    sites, codes, notes = _solve(job, data, frozen, {**weights, **plan.latents})
+    weights = {path: data.block.get_submodule(path).weight for site in plan.sites for path in site.weights}
+    attention = data.block.get_submodule(plan.attention)
+    frozen, attention.kv = _frozen(plan)
+    codes, notes = _solve(job, data, frozen, {**weights, **plan.latents})
+    for preparer in job.preparers:
+        preparer.refine(data, plan, codes, job.solver)
+    frozen, attention.kv = _frozen(plan)
     layers, activations = _measure(job, data, name, frozen, weights, codes, notes, observe)
+    sites = tuple(
+        QuantSite(name=p.site.name, consumers=tuple(p.weights), transform=p.transform, quantizer=p.activation)
+        for p in frozen
+    )
     record = Record(name=name, index=data.index, error=0.0, seconds=0.0, loss=plan.loss, layers=layers)
     record.activations = activations
-    return QuantBlock(sites=tuple(sites), weights=codes, kv=kv, attention=plan.attention), record
+    return QuantBlock(sites=sites, weights=codes, kv=attention.kv, attention=plan.attention), record
 
 
 def _initial_plan(job: Job, name: str) -> Plan:
@@ -221,6 +228,11 @@ def _fixed(quantizer: Quant) -> Quant:
     return quantizer.freeze() if isinstance(quantizer, Clip) else quantizer
 
 
+def _frozen(plan: Plan) -> tuple[list[SitePlan], KVQuantizer | None]:
+    """Every site, and the cache, with what was learned so far as constants; the plan's own clips go on learning."""
+    return [_freeze(site) for site in plan.sites], _freeze_kv(plan.kv)
+
+
 def _freeze_kv(kv: KVQuantizer | None) -> KVQuantizer | None:
     if kv is None:
         return None
@@ -238,9 +250,9 @@ def _freeze(site: SitePlan) -> SitePlan:
 @torch.no_grad()
 def _solve(
     job: Job, data: _Data, plans: list[SitePlan], weights: dict[str, Tensor]
-) -> tuple[list[QuantSite], dict[str, Any], dict[str, dict[str, float]]]:
+) -> tuple[dict[str, QTensor], dict[str, dict[str, float]]]:
     """Codes of every linear layer, in the order of the data flow: later sites see earlier ones quantized."""
-    sites, codes, notes = [], {}, {}
+    codes, notes = {}, {}
     block = data.block
     originals = {path: block.get_submodule(path) for plan in plans for path in plan.weights}
     targets: dict[str, Tensor] = {}
@@ -261,18 +273,10 @@ def _solve(
                 codes[path], notes[path] = solution.weight, dict(solution.notes)
                 block.get_submodule(path).weight = solution.weight.dequantize()
                 notes[path]["weight_error"] = _ratio(codes[path].dequantize() - targets[path], targets[path])
-            sites.append(
-                QuantSite(
-                    name=plan.site.name,
-                    consumers=tuple(plan.weights),
-                    transform=plan.transform,
-                    quantizer=plan.activation,
-                )
-            )
     finally:
         for path, module in originals.items():
             block.set_submodule(path, module)
-    return sites, codes, notes
+    return codes, notes
 
 
 class _Seen(Exception):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from microbat.linear import SiteInput
+from microbat.linear import QuantLinear, SiteInput
 from microbat.methods.base import Plan, Quant
 from microbat.transforms.base import Transform
 
@@ -47,16 +47,20 @@ def transformed(weight: Tensor, transform: Transform | None) -> Tensor:
 
 
 @contextlib.contextmanager
-def faked(block: nn.Module, plan: Plan, weights: dict[str, Tensor]) -> Iterator[nn.Module]:
-    """``block`` with the linear layers of ``plan`` swapped for :class:`FakeLinear`; put back at the end."""
+def faked(block: nn.Module, plan: Plan, weights: dict[str, Tensor], rounded: bool) -> Iterator[nn.Module]:
+    """``block`` with the linear layers of ``plan`` swapped for :class:`FakeLinear`, or for :class:`QuantLinear` where the
+    weights are ``rounded``; put back at the end."""
     originals = {path: block.get_submodule(path) for site in plan.sites for path in site.weights}
     biases = {path: linear.bias for path, linear in originals.items()}
     weights, biases = plan.folded(weights, biases)
     for site in plan.sites:
         site_input = SiteInput(site.transform, site.activation, num_consumers=len(site.weights))
         for path, quantizer in site.weights.items():
-            fake = FakeLinear(site_input, weights[path], biases[path], quantizer)
-            block.set_submodule(path, fake)
+            if rounded:
+                linear = QuantLinear(site_input, weights[path], biases[path])
+            else:
+                linear = FakeLinear(site_input, weights[path], biases[path], quantizer)
+            block.set_submodule(path, linear)
     for site in plan.sites:
         producer = site.site.producer
         if site.scale is not None and producer not in originals:

@@ -106,8 +106,11 @@ class BlockData(Protocol):
     def absmax(self, path: str) -> Tensor:
         """The largest magnitude of each input channel [K] of the linear layer at ``path``, over the float stream."""
 
-    def faked(self, plan: Plan, weights: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-        """The block as a differentiable function that quantizes by ``plan``, with ``weights`` in its linear layers."""
+    def faked(self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False) -> Callable[[Tensor], Tensor]:
+        """The block as a differentiable function that quantizes by ``plan``, with ``weights`` in its linear layers.
+
+        ``rounded`` weights are on their grid already, in the basis of the transformed activation: they are left alone.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +154,9 @@ class Preparer(Method):
 
     @abstractmethod
     def prepare(self, data: BlockData, plan: Plan, solver: "Solver") -> Plan: ...
+
+    def refine(self, data: BlockData, plan: Plan, codes: dict[str, QTensor], solver: "Solver") -> None:
+        """Adapt what ``plan`` does to activations to the ``codes`` that the solver gave the weights, by path."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,10 @@ only the inverse transpose is exact; that is what is used.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from microbat.formats.block import BlockFormat
+from microbat.formats.block import BlockFormat, QTensor
 from microbat.kv import KVQuantizer
 from microbat.methods.base import BlockData, Plan, Preparer, SitePlan, Solver
-from microbat.methods.learn import Inputs, Objective, Schedule, train_plan
+from microbat.methods.learn import Inputs, Objective, Schedule, refine_plan, train_plan
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.transforms.base import BlockDiagonal, Transform
@@ -51,12 +51,14 @@ class BATQuant(Preparer):
     batch: int = 1  # more steps serve better than larger ones; the paper's is 4
     objective: Objective = "relative"  # the paper's mse fails on massive activations, LOG.md
     inputs: Inputs = "quantized"  # each block learns to undo what the blocks before it lost; the paper's are float
+    refine_epochs: int = 3  # not in the paper: the online side learns on, against the codes of GPTQ; 0 for not at all
+    refine_lr: float = 3e-3
 
     def __post_init__(self) -> None:
-        for field in ("lr", "clip_lr"):
+        for field in ("lr", "clip_lr", "refine_lr"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{self.name}.{field}={getattr(self, field)} must be 0 or more")
-        for field, least in (("epochs", 0), ("batch", 1), ("g1", 1), ("g", 0)):
+        for field, least in (("epochs", 0), ("refine_epochs", 0), ("batch", 1), ("g1", 1), ("g", 0)):
             if getattr(self, field) < least:
                 raise ValueError(f"{self.name}.{field}={getattr(self, field)} must be at least {least}")
         if self.g and self.transform in ("gpk", "naive_kron") and self.g % self.g1:
@@ -83,6 +85,15 @@ class BATQuant(Preparer):
         schedule = Schedule(epochs=self.epochs, batch=self.batch, objective=self.objective, inputs=self.inputs)
         train_plan(data, plan, solver, lr=self.lr, clip_lr=self.clip_lr, schedule=schedule)
         return plan
+
+    def refine(self, data: BlockData, plan: Plan, codes: dict[str, QTensor], solver: Solver) -> None:
+        if (
+            self.epochs and solver.weight_lr is None
+        ):  # weights that are trained along are trained as they will be rounded
+            schedule = Schedule(
+                epochs=self.refine_epochs, batch=self.batch, objective=self.objective, inputs=self.inputs
+            )
+            refine_plan(data, plan, codes, lr=self.refine_lr, clip_lr=self.clip_lr, schedule=schedule)
 
     def _cache(self, kv: KVQuantizer, data: BlockData) -> KVQuantizer:
         """P_k, and a clip for each block of a head's lanes."""
@@ -149,3 +160,4 @@ class BATQuantPaper(BATQuant):
     batch: int = 4
     objective: Objective = "mse"
     inputs: Inputs = "float"
+    refine_epochs: int = 0

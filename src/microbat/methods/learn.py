@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from microbat.formats.block import QTensor
 from microbat.methods.base import BlockData, ModelData, Plan, Solver
 from microbat.models.base import Site
 from microbat.models.rotation import RotatedCheckpoint, Rotation
@@ -72,6 +73,24 @@ def train_plan(data: BlockData, plan: Plan, solver: Solver, *, lr: float, clip_l
     plan.loss = train(data, data.faked(plan, weights), groups, schedule)
     plan.latents = {path: w.detach() for path, w in weights.items()}
     fold(data.block, plan)
+
+
+def refine_plan(
+    data: BlockData, plan: Plan, codes: dict[str, QTensor], *, lr: float, clip_lr: float, schedule: Schedule
+) -> None:
+    """Train the transforms and clips of ``plan`` once more, on the side of the activations alone: weights are ``codes``.
+
+    A transform then no longer is the exact inverse of what the weights were rounded in; it undoes a part of their error.
+    """
+    transforms = [*(site.transform for site in plan.sites), plan.kv and plan.kv.transform]
+    parameters = [
+        p.requires_grad_() for transform in transforms if transform is not None for p in transform.parameters()
+    ]
+    quantizers = [*(site.activation for site in plan.sites), *((plan.kv.key, plan.kv.value) if plan.kv else ())]
+    clips = [q.logits for q in quantizers if isinstance(q, Clip) and q.logits is not None]
+    weights = {path: tensor.dequantize() for path, tensor in codes.items()}
+    function = data.faked(plan, weights, rounded=True)
+    plan.loss += train(data, function, [(parameters, lr), (clips, clip_lr)], schedule)
 
 
 SMALLEST = 1e-5  # the floor of SmoothQuant's authors, and FlatQuant's, for both maxima
