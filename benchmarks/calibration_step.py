@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import torch
 import typer
-from timing import best_times
 from torch import Tensor, nn
 
+from microbat.bench import best_times
 from microbat.calibrate.fake import faked
 from microbat.formats.block import join_blocks, split_blocks
 from microbat.formats.microscaling import MXFP4

@@ -9,8 +9,8 @@ compiler the first ratios are its native kernel's; "by torch.compile" is what ru
 
 import torch
 import typer
-from timing import best_times
 
+from microbat.bench import best_times
 from microbat.formats.microscaling import MXFP4
 from microbat.quantizers import kernel
 from microbat.quantizers.base import AbsMax

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 import typer
-from timing import best_times
 
+from microbat.bench import best_times
 from microbat.linear import SiteInput
 from microbat.quantizers.base import AbsMax
 from microbat.runtime.packed import PackedLinear

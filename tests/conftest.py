@@ -7,6 +7,8 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it at its own import; its kernels then run on the CPU
 WORDS = [f"w{i}" for i in range(90)]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -96,6 +98,28 @@ def text_file(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("text") / "words.txt"
     file.write_text(" ".join(WORDS[i] for i in picks))
     return file
+
+
+@pytest.fixture
+def on_triton(monkeypatch):
+    """What runs on a GPU, run on the CPU by Triton's interpreter, and nothing native. Compiled kernels have other tests."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, and kernels are compiled for it")
+    import triton.language as tl
+
+    from microbat import kernels, native
+    from microbat.kernels import matmul
+    from microbat.runtime import gpu, packed
+
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(gpu, "tensor_cores", lambda device: "")
+    # The interpreter multiplies bfloat16 numbers as if their bits were integers.
+    monkeypatch.setattr(matmul, "OPERANDS", dict.fromkeys(matmul.OPERANDS, tl.float32))
+    packed.best.cache_clear()
+    yield
+    packed.best.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import microbat
-
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -34,21 +32,6 @@ def test_packed_product(benchmark, capsys):
     assert "times as fast as torch BF16" in capsys.readouterr().out
 
 
-def test_decode(benchmark, capsys, tiny, text_file, tmp_path):
-    folder = microbat.quantize(
-        tiny(),
-        out=tmp_path / "q",
-        method="rtn",
-        calibration=str(text_file),
-        num_calibration_samples=8,
-        max_seq_length=32,
-    )
-    ratios = benchmark("decode").main(folder, tokens=3, prompt=4, rounds=1)
-    assert ratios["speed"] > 0
-    assert ratios["memory"] == pytest.approx(4.25 / 16)
-    assert "times the tokens/s" in capsys.readouterr().out
-
-
 def test_calibration_step(benchmark, capsys):
     ratios = benchmark("calibration_step").main(size=128, rounds=1)
     assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios.values())
@@ -71,3 +54,27 @@ def test_the_eager_reference_computes_what_microbat_does(benchmark):
                 module.zero_grad()
             torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+
+
+GPU = {
+    "gpu_transform_quantize": lambda module: module.contenders(5, 64, "cpu")[0],
+    "gpu_layer": lambda module: module.contenders(5, 64, 48, "cpu"),
+    "gpu_decode": lambda module: module.contenders(1, ((48, 64), (32, 96)), "cpu"),
+    "gpu_prefill": lambda module: module.contenders(5, 48, 64, "cpu"),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", GPU)
+def test_gpu_benchmarks_refuse_a_machine_without_one(benchmark, name):
+    with pytest.raises(SystemExit, match="measures a GPU, and torch sees none"):
+        benchmark(name).main()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", GPU)
+def test_what_gpu_benchmarks_time_runs_in_tritons_interpreter(benchmark, name):
+    pytest.importorskip("triton")
+    for what, function in GPU[name](benchmark(name)).items():
+        if "3 x bfloat16" not in what and what != "torch._scaled_mm, FP8":  # for GPUs alone
+            function()

@@ -20,6 +20,7 @@ from microbat.export import folder as folders
 from microbat.linear import SiteInput
 from microbat.quantizers.base import AbsMax
 from microbat.runtime.load import load
+from microbat.runtime.packed import PackedLinear
 from microbat.verify import Altered, verify
 
 FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float32"}
@@ -40,6 +41,7 @@ def made(tiny, text_file, tmp_path_factory):
     return {
         "gptq": get("gptq"),
         "batquant": get("batquant", settings={"epochs": 1}, scheme="W4A4KV4"),
+        "W4A16": get("gptq", scheme="W4A16"),
     }
 
 
@@ -56,6 +58,17 @@ def test_a_microbat_folder(made, method, engine):
     assert verdict.passed
     assert (verdict.layers, verdict.engine, verdict.error) == (14, engine, 0)
     assert verdict.divergence < 1e-6
+
+
+@pytest.mark.parametrize("engine", ["microbat", "transformers"])
+def test_both_multiply_from_the_packed_bits(made, monkeypatch, engine):
+    """With 16-bit activations sums round, and so show that they ran in another order than calibration's."""
+    products = []
+    forward = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda layer, x: products.append(layer) or forward(layer, x))
+    verdict = verify(made["W4A16"], engine=engine)
+    assert len(set(products)) == verdict.layers == 14
+    assert verdict.passed
 
 
 def test_the_proof_is_what_calibration_computed(made):

@@ -386,12 +386,40 @@ def generate(
 
 
 @app.command()
+def bench(
+    folder: Annotated[Path, typer.Argument(help="A microbat folder.")],
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens to time.")] = 32,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens before them.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Both sides take turns so many times; the best time counts.")] = 5,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of a CPU; 0: torch's own number.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+) -> None:
+    """Decoding speed and memory of linear layers on this machine: the packed folder beside the model in BF16.
+
+    Example: `microbat bench qwen-mxfp4 --threads 1`
+    """
+    from microbat.bench import bench
+    from microbat.pipeline import pick_device
+
+    with _errors():
+        result = bench(folder, device=pick_device(device), tokens=tokens, prompt=prompt, rounds=rounds, threads=threads)
+    table = Table(title=str(folder))
+    for column in ("", "tokens/s", "linear layers, MB", "of them transforms and clips"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, side in (("packed", result.packed), ("BF16", result.bf16)):
+        table.add_row(name, f"{side.speed:.2f}", f"{side.nbytes / 1e6:.1f}", f"{side.online / 1e6:.2f}")
+    table.add_row("packed / BF16", f"{result.speed:.2f}", f"{result.memory:.3f}", "", style="bold")
+    console.print(table)
+    console.print(result.setting, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) -> None:
     """What is in a folder: bits per weight, sizes, formats, transforms with their parameter counts, per-layer errors, and
     the backend that runs each layer on this machine."""
     from microbat.export.folder import read_contract
     from microbat.pipeline import pick_device
-    from microbat.runtime.packed import best
+    from microbat.runtime.packed import described
     from microbat.scheme import formats
 
     with _errors():
@@ -411,7 +439,8 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
         f"quantized layers {size['quantized_layers'] / 1e6:.1f} MB, transforms and clips {size['transforms'] / 1e6:.2f} MB, "
         f"other {size['other'] / 1e6:.1f} MB, total {size['total'] / 1e6:.1f} MB (bfloat16: {size['bf16_total'] / 1e6:.1f} MB)"
     )
-    table, device = Table(), pick_device("auto").type
+    table, device = Table(), pick_device("auto")
+    activations = contract["activations"] and formats()[contract["activations"]["format"]]
     for column in (
         "layer",
         "shape",
@@ -430,7 +459,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
             "x".join(map(str, layer["shape"])),
             layer["format"],
             f"{layer['bits']:.2f}",
-            best(formats()[layer["format"]], device),
+            described(formats()[layer["format"]], activations, device),
             layer["transform"] or "none",
             str(layer["transform_params"]),
             f"{layer['weight_error']:.4f}",
@@ -439,7 +468,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
     console.print(table)
     parameters = {(layer["block"], layer["site"]): layer["transform_params"] for layer in content["layers"]}
     console.print(
-        f"{sum(parameters.values())} transform parameters in all; backends are those of this machine's {device}"
+        f"{sum(parameters.values())} transform parameters in all; backends are those of this machine's {device.type}"
     )
 
 

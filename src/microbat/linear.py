@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from microbat import native
+from microbat import kernels, native
 from microbat.formats.block import QTensor
 from microbat.kv import KVQuantizer
-from microbat.quantizers.base import AbsMax
+from microbat.quantizers.base import AbsMax, Packed
 from microbat.quantizers.clip import Clip
 from microbat.transforms.base import BlockDiagonal, Transform
 
@@ -25,7 +25,8 @@ class _Shared:
     """What a site's consumers share, while there are consumers to come. Not attributes of the module: those are slow to set."""
 
     source: weakref.ref[Tensor] | None = None
-    result: Tensor | None = None
+    packed = False
+    result: Tensor | Packed | None = None
     uses = 0
 
 
@@ -33,7 +34,7 @@ class SiteInput(nn.Module):
     """Transform and quantize the activation that ``num_consumers`` linear layers share.
 
     The consumers are called one after the other with the same tensor object; the work is done for the first, handed
-    to the others, and forgotten after the last.
+    to the others, and forgotten after the last. ``site(x)`` gives them values, ``site.packed(x)`` codes and scales.
     """
 
     def __init__(
@@ -43,14 +44,23 @@ class SiteInput(nn.Module):
         self.transform = transform
         self.quantizer = quantizer
         self.num_consumers = num_consumers
-        self._one_pass = _one_pass(transform, quantizer)
+        self._decided: tuple[object, _OnePass] | None = None
         self._map: native.Map | None = None
+        self._blocks: Tensor | None = None
         self._shared = _Shared()
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._once(x, packed=False)  # type: ignore[return-value]
+
+    def packed(self, x: Tensor) -> Packed | None:
+        """The activation in its own bits, on devices that have the kernel; None where it stays in floats."""
+        return None if self.quantizer is None else self._once(x, packed=True)  # type: ignore[return-value]
+
+    def _once(self, x: Tensor, *, packed: bool) -> Tensor | Packed | None:
         shared = self._shared
-        if shared.source is None or shared.source() is not x:
-            shared.source, shared.result, shared.uses = weakref.ref(x), self._compute(x), 0
+        if shared.source is None or shared.source() is not x or shared.packed != packed:
+            result = self._pack(x) if packed else self._compute(x)
+            shared.source, shared.packed, shared.result, shared.uses = weakref.ref(x), packed, result, 0
         result = shared.result
         shared.uses += 1
         if shared.uses >= self.num_consumers:
@@ -58,42 +68,80 @@ class SiteInput(nn.Module):
         return result
 
     def _compute(self, x: Tensor) -> Tensor:
-        needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        if self._one_pass and native.available(x) and not needs_gradient and not torch.is_autocast_enabled("cpu"):
-            return self._in_one_pass(x)
-        if self.transform is not None:
-            with torch.autocast(x.device.type, enabled=False):
-                x = self.transform(x.to(torch.float32))
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            one_pass = self._one_pass()
+            if one_pass.native and native.available(x) and not torch.is_autocast_enabled("cpu"):
+                return self._by_native(x)
+            if one_pass.triton and kernels.runs_on(x.device.type):
+                return _rounding(self.quantizer).fake_transformed(x, self._ratios(), self._blocks_on(x.device))
+        x = self._transformed(x)
         return x if self.quantizer is None else self.quantizer.fake(x)
 
-    def _in_one_pass(self, x: Tensor) -> Tensor:
+    def _pack(self, x: Tensor) -> Packed:
+        blocks = self._blocks_on(x.device) if self._one_pass().triton else None
+        x = x if blocks is not None else self._transformed(x)
+        if isinstance(self.quantizer, Clip) and self.quantizer.whole:
+            return self.quantizer.inner.pack(self.quantizer.clip(x))
+        return _rounding(self.quantizer).pack(x, self._ratios(), blocks)
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        if self.transform is None:
+            return x
+        with torch.autocast(x.device.type, enabled=False):
+            return self.transform(x.to(torch.float32))
+
+    def _one_pass(self) -> "_OnePass":
+        """Asked once for a quantizer; for every token it would take time."""
+        if self._decided is None or self._decided[0] is not self.quantizer:
+            self._decided = (self.quantizer, _OnePass.of(self.transform, self.quantizer))
+        return self._decided[1]
+
+    def _by_native(self, x: Tensor) -> Tensor:
         if self._map is None and self.transform is not None:
             self._map = native.Map(*self.transform.factors())
-        ratios = self.quantizer.ratios if isinstance(self.quantizer, Clip) else None
         out = torch.empty(x.shape, dtype=torch.float32)
-        _rounding(self.quantizer).native_fake(x, ratios, out, self._map)
+        _rounding(self.quantizer).native_fake(x, self._ratios(), out, self._map)
         return out
+
+    def _ratios(self) -> Tensor | None:
+        return self.quantizer.ratios if isinstance(self.quantizer, Clip) else None
+
+    def _blocks_on(self, device: torch.device) -> Tensor:
+        if self._blocks is None or self._blocks.device != device:
+            self._blocks = self.transform.blocks().detach()
+        return self._blocks
 
 
 def _rounding(quantizer: AbsMax | Clip) -> AbsMax:
     return quantizer.inner if isinstance(quantizer, Clip) else quantizer
 
 
-def _one_pass(transform: Transform | None, quantizer: AbsMax | Clip | None) -> bool:
-    """Whether the native kernel can do all of a site at once: a map within blocks, or none, that trains no more; a clip
-    within blocks; and no scale of the whole tensor after a map, which nobody knows before it."""
-    if quantizer is None or (isinstance(quantizer, Clip) and (quantizer.whole or quantizer.logits is not None)):
-        return False
-    rounding = _rounding(quantizer)
-    if transform is None:
-        return native.has_rule(rounding.rule)
-    return (
-        isinstance(transform, BlockDiagonal)
-        and transform.block <= native.LARGEST_MAP
-        and not any(parameter.requires_grad for parameter in transform.parameters())
-        and native.has_rule(rounding.rule)
-        and not rounding.format.has_tensor_scale
-    )
+@dataclass(frozen=True, kw_only=True)
+class _OnePass:
+    """Which kernels do all of a site at once: maps within blocks that train no more, clips within blocks.
+
+    The native one does without a map too, and knows no scale of the whole tensor after one; Triton's, without a map, is
+    what the quantizer itself runs.
+    """
+
+    native: bool
+    triton: bool
+
+    @classmethod
+    def of(cls, transform: Transform | None, quantizer: AbsMax | Clip | None) -> "_OnePass":
+        if quantizer is None or (isinstance(quantizer, Clip) and (quantizer.whole or quantizer.logits is not None)):
+            return cls(native=False, triton=False)
+        rounding = _rounding(quantizer)
+        known = native.has_rule(rounding.rule)
+        if transform is None:
+            return cls(native=known, triton=False)
+        trains = any(parameter.requires_grad for parameter in transform.parameters())
+        if not isinstance(transform, BlockDiagonal) or trains:
+            return cls(native=False, triton=False)
+        return cls(
+            native=known and transform.block <= native.LARGEST_MAP and not rounding.format.has_tensor_scale,
+            triton=kernels.has_map(transform.block) and rounding.format.block is not None,
+        )
 
 
 class QuantLinear(nn.Module):

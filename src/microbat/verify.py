@@ -2,17 +2,17 @@
 
 1. Every stored tensor is read and its digest compared with the one written with it; an export's codes are decoded and
    compared with the codes that calibration chose. Exact; the error names file and tensor.
-2. Each quantized linear layer: what the engine made of the layer's input, against what microbat's runtime makes of the same
-   input in the same precision, by the relative error of the output. Bounded by ``LAYER_BOUND``, what one rounding of the
-   output and sums in another order cost; a dropped transform, clip or activation format, or another scale rule costs
-   10 to 1000 times as much.
+2. Each quantized linear layer: what the engine made of the layer's input (microbat's own runtime: from the packed bits),
+   against what calibration's layer, its weight as floats, makes of the same input in the same precision, by the relative
+   error of the output. Bounded by ``LAYER_BOUND``, what one rounding of the output and sums in another order cost; a
+   dropped transform, clip or activation format, or another scale rule costs 10 to 1000 times as much.
 3. The logits against the calibrated model's, by the mean KL divergence. Low-bit activations turn a rounding in the last
    place into another code, so that a model of 4-bit activations differs from itself, computed in float32 and in bfloat16,
    by half a nat and more: that distance, measured on the spot, is the bound; twice that for an engine whose sums have an
    order of their own, since it and the reference are then two such models. It is loose where the second test is tight.
 
 The calibrated model is, for microbat's own runtime, what calibration itself computed (``proof.safetensors``); for other
-engines microbat's runtime on the decoded codes, in the engine's own dtype and with the roundings that its products have.
+engines calibration's layers on the decoded codes, in the engine's own dtype and with the roundings that its products have.
 """
 
 # Shapes: L tokens, K width, N out, V vocabulary.

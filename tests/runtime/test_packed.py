@@ -1,5 +1,7 @@
 """Packed layers against the oracle: every format, every backend, few tokens and many."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
@@ -44,6 +46,8 @@ def test_bits_are_kept_and_biases_added(backend):
     weight, linear = layer(formats()["nvfp4"], backend, bias=True)
     assert torch.equal(linear.dequantize(), weight.dequantize())
     assert linear.nbytes == N * K // 2 + N * K // 16
+    assert torch.equal(linear.to(torch.bfloat16).dequantize(), weight.dequantize())  # scales stay as they are
+    linear = linear.to(torch.float32)
     assert f"backend={backend}" in repr(linear)
     without = PackedLinear(linear.site, weight, None, dtype=torch.float32, backend=backend)
     assert torch.equal(linear(inputs(3)), without(inputs(3)) + linear.bias)
@@ -83,7 +87,10 @@ def test_backends_by_name():
         layer(formats()["mxfp4"], "nativ")
     with pytest.raises(ValueError, match="backend 'native' does not run mxfp4 on 'cuda'"):
         packed.check("native", formats()["mxfp4"], "cuda")
-    assert packed.best(formats()["mxfp4"], "cuda") == "torch"
+    installed = importlib.util.find_spec("triton") is not None
+    assert packed.best(formats()["mxfp4"], "cuda") == ("triton" if installed else "torch")
+    with pytest.raises(ValueError, match="backend 'triton' does not run mxfp4 on 'cpu' here"):
+        layer(formats()["mxfp4"], "triton")
 
 
 def test_the_portable_product(monkeypatch):

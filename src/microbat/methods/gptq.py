@@ -9,7 +9,8 @@ With H = X^T X + damping and U the upper Cholesky factor of H^-1, columns are ro
 Differs from the authors' code in: a block's scales come from its weights as updated so far, never from stale ones
 (sheet B3, T6); saturated values stay in the error; H and its factor are float64; a singular H is never replaced: the
 damping is raised tenfold until the factor exists, and what it took is recorded; the columns of one format block are
-rounded in a row and everything to their right is updated by one product.
+rounded in a row and everything to their right is updated by one product. On a GPU a Triton kernel rounds 128 columns in one
+launch (``kernels.gptq``).
 """
 
 # Shapes: N out, K in, B block size.
@@ -20,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from microbat import kernels
 from microbat.formats.block import QTensor
 from microbat.methods.base import Quant, Solution, Solver, Statistics
 from microbat.quantizers.base import AbsMax
@@ -81,9 +83,14 @@ def _round_columns(weight: Tensor, factor: Tensor, quantizer: AbsMax) -> QTensor
     """
     columns, element = weight.shape[1], quantizer.format.element
     block = quantizer.format.block_of(columns)
-    work_KN = weight.T.contiguous()
     # A scale of the whole tensor, or of a whole row, is fixed before the loop; block scales are replaced in turn.
     scales = quantizer.scales(weight)
+    if kernels.runs_on(weight.device.type):
+        from microbat.kernels.gptq import round_columns
+
+        fixed = {"outer": scales.tensor, "row_scale": scales.block if quantizer.format.block is None else None}
+        return round_columns(weight, factor, format=quantizer.format, rule=quantizer.rule, **fixed)
+    work_KN = weight.T.contiguous()
     block_scales, values_KN = [], torch.empty_like(work_KN)
     lazy = block if block < columns else LAZY_COLUMNS
     for start in range(0, columns, lazy):

@@ -7,6 +7,7 @@ Q-law: ``unpack(pack(q.quantize(x))).dequantize() == q.fake(x)``, bit for bit.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,16 @@ class Scales:
     @property
     def product(self) -> Tensor:
         return self.block if self.tensor is None else self.block * self.tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A tensor in its own bits: packed codes [..., bytes] and scales [..., G] in their stored type, and the tensor's scale []."""
+
+    format: BlockFormat
+    codes: Tensor
+    scales: Tensor
+    tensor_scale: Tensor | None
 
 
 class Quantizer(ABC):
@@ -122,6 +133,32 @@ class AbsMax(Quantizer):
             low, high = ratios.unbind(-1)
         outer = self._tensor_scale(split_blocks(rows, block), low, high) if self.format.has_tensor_scale else None
         native.fake_quantize(rows, ratios, outer, out, format=self.format, rule=self.rule, map=map)
+
+    def pack(self, x: Tensor, ratios: Tensor | None = None, blocks: Tensor | None = None) -> Packed:
+        """``quantize(clip(x))`` in its own bits, by the Triton kernel; before that a transform with diagonal ``blocks``.
+
+        ``ratios`` [G, 2] are clip ratios; ``kernels.has_map`` says which sizes of blocks go.
+        """
+        from microbat.kernels.quantize import quantize
+
+        settings = self._fused(x, ratios, blocks)
+        codes, scales = quantize(x, **settings)
+        return Packed(format=self.format, codes=codes, scales=scales, tensor_scale=settings["outer"])
+
+    def fake_transformed(self, x: Tensor, ratios: Tensor | None, blocks: Tensor) -> Tensor:
+        """The values of :meth:`pack`, as :meth:`fake` gives them, without a gradient."""
+        from microbat.kernels.quantize import fake
+
+        return fake(x, **self._fused(x, ratios, blocks), dtype=_matmul_dtype(x.device))
+
+    def _fused(self, x: Tensor, ratios: Tensor | None, blocks: Tensor | None) -> dict[str, Any]:
+        from microbat.kernels.quantize import largest
+
+        low, high = (None, None) if ratios is None else ratios.unbind(-1)
+        settings: dict[str, Any] = {"format": self.format, "blocks": blocks, "low": low, "high": high}
+        amax = largest(x, **settings) if self.format.has_tensor_scale else None
+        outer = None if amax is None else kernel.tensor_scale(amax, self.format)
+        return {**settings, "rule": self.rule, "outer": outer}
 
     def _tensor_scale(self, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor | None:
         """The scale of all of ``x``, clipped, where ratios are given for its blocks [..., G, B]."""

@@ -1,8 +1,9 @@
 """The one numerical core of every block quantizer: clip, scale, round, in one pass over blocks, and its gradient.
 
 ``forward`` and ``backward`` are plain functions of tensors. :func:`fake_quantize` runs them as one fused kernel each
-(``torch.compile``: C++ on a CPU, Triton on a GPU) with the straight-through gradient; small tensors and machines
-without a compiler run the same functions eagerly, with the same bits. Per block x of B numbers (paper, eq. 3 and 4):
+(on a GPU those of ``kernels.fake_quantize``, elsewhere by ``torch.compile``) with the straight-through gradient; small
+tensors and machines without a compiler run the same functions eagerly, with the same bits. Per block x of B numbers
+(paper, eq. 3 and 4):
 
     high = r_high * max(max x, 0),  low = r_low * min(min x, 0),  c = clip(x, low, high)
     s = scale rule(max(high, -low)),  y = s * round(c / s)
@@ -24,6 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from microbat import kernels
 from microbat.formats.block import BlockFormat
 from microbat.formats.element import power_of_two
 from microbat.formats.scales import POWER_OF_TWO_RULES
@@ -164,6 +166,10 @@ def fake_quantize(
 
 @torch.no_grad()
 def _run(function: Callable, tensors: tuple, format: BlockFormat, rule: str):  # type: ignore[no-untyped-def]
+    if kernels.runs_on(tensors[0].device.type):
+        from microbat.kernels import fake_quantize as fused
+
+        return {forward: fused.forward, backward: fused.backward}[function](*tensors, format=format, rule=rule)
     if tensors[0].numel() < EAGER_BELOW or not can_compile():
         return function(*tensors, format=format, rule=rule)
     tensors = tuple(tensor if tensor is None else tensor.detach() for tensor in tensors)

@@ -12,6 +12,11 @@ from microbat.formats.packing import pack, unpack
 from microbat.kv import KVQuantizer
 
 
+def quantizes(model: nn.Module) -> bool:
+    """Whether the model's scheme quantizes its cache."""
+    return any(isinstance(module, KVQuantizer) for module in model.modules())
+
+
 class QuantizedCache(Cache):
     """``model.generate(..., past_key_values=QuantizedCache(model))``: the same tokens, a fraction of the memory.
 

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from microbat.kv import KVQuantizer
-from microbat.runtime.cache import QuantizedCache
+from microbat.runtime.cache import QuantizedCache, quantizes
 
 
 def generate(
@@ -36,7 +35,6 @@ def generate(
         raise ValueError("the prompt is empty")
     if length >= context:
         raise ValueError(f"the prompt has {length} tokens; the model's context of {context} has no room for another")
-    quantizes = any(isinstance(module, KVQuantizer) for module in model.modules())
     pieces: list[str] = []
     with torch.inference_mode():
         model.generate(
@@ -47,7 +45,7 @@ def generate(
             temperature=None,
             top_p=None,
             top_k=None,
-            past_key_values=QuantizedCache(model) if quantizes else None,
+            past_key_values=QuantizedCache(model) if quantizes(model) else None,
             streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
     return "".join(pieces)

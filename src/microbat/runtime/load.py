@@ -18,7 +18,8 @@ from microbat.export.folder import (
     read_contract,
     read_shard,
 )
-from microbat.linear import Linear, dequantized, install
+from microbat.kv import KVQuantizer
+from microbat.linear import Linear, QuantLinear, dequantized, install
 from microbat.models.base import Checkpoint
 from microbat.runtime.packed import Head, PackedLinear
 
@@ -39,7 +40,7 @@ def load(
     Raises ValueError for a folder that is not ours, not finished, or damaged, and for an unknown or unfit backend.
     """
     checkpoint, blocks = _read(Path(folder))
-    linear = partial(PackedLinear, dtype=dtype, backend=backend)
+    linear = partial(PackedLinear, dtype=dtype, device=device, backend=backend)
     model = assemble(checkpoint, blocks, linear, dtype=dtype, device=device)
     head = checkpoint.family.head
     model.set_submodule(head, Head(model.get_submodule(head)))
@@ -49,6 +50,24 @@ def load(
 def load_dequantized(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The same model with its weights as floats on their grid, as calibration ran it: what to compare :func:`load` with."""
     return assemble(*_read(Path(folder)), dtype=dtype)
+
+
+def load_plain(folder: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> nn.Module:
+    """What the model costs when nothing is quantized: its weights as ordinary linear layers, no transforms, no quantizers.
+
+    To be timed. Where a folder has transforms or scales online, it is not the calibrated model: that is
+    :func:`load_dequantized`.
+    """
+    model = assemble(*_read(Path(folder)), dtype=dtype, device=device)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            linear = nn.Linear(1, 1, device="meta")
+            linear.weight, linear.bias = nn.Parameter(module.weight, requires_grad=False), module.bias
+            linear.out_features, linear.in_features = module.weight.shape
+            model.set_submodule(name, linear)
+        elif isinstance(getattr(module, "kv", None), KVQuantizer):
+            module.kv = None
+    return model
 
 
 def _read(folder: Path) -> tuple[Checkpoint, Iterable[StoredBlock]]:

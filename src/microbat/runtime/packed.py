@@ -5,6 +5,8 @@ backend    where                                      how
 =========  =========================================  ==================================================================
 native     CPU, microbat built with a C++ compiler    up to 32 tokens (8 without AVX-512 BF16): codes are decoded in
                                                       registers, sums are float32; more: by tiles, decoded natively
+triton     GPUs, where Triton is installed            :mod:`microbat.runtime.gpu`: codes decoded in registers, FP8 or
+                                                      block-scaled tensor cores by the hardware
 torch      everywhere                                 by tiles, decoded by torch (compiled where that works)
 =========  =========================================  ==================================================================
 
@@ -24,12 +26,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from microbat import native
+from microbat import kernels, native
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.formats.packing import SCALE_DTYPES, pack, unpack
 from microbat.linear import SiteInput
 from microbat.quantizers.kernel import EAGER_BELOW, can_compile, compiled
 from microbat.registry import unknown
+from microbat.runtime import gpu
 
 NATIVE_TOKENS = 32  # where decoding once for a product of its own begins to win
 PORTABLE_TOKENS = 8  # the same, for formats and processors that the native product has no instructions for
@@ -42,26 +45,32 @@ class PackedLinear(nn.Module):
 
     codes: Tensor
     scales: Tensor
-    tensor_scale: Tensor
+    outer_bytes: Tensor
 
     def __init__(
-        self, site: SiteInput, weight: QTensor, bias: Tensor | None, *, dtype: torch.dtype, backend: str = "auto"
+        self,
+        site: SiteInput,
+        weight: QTensor,
+        bias: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+        backend: str = "auto",
     ):
         super().__init__()
         parts = pack(weight)
         self.site, self.format, self.dtype = site, weight.format, dtype
         self.out_features, self.in_features = weight.shape
         codes = parts["weight"] if "weight" in parts else parts["weight_packed"]
+        outer = torch.ones(1) if weight.tensor_scale is None else weight.tensor_scale.reshape(1)
+        self.outer = outer.item()
         # As bytes, so that model.to(dtype) leaves them alone.
-        self.register_buffer("codes", codes.view(torch.uint8), persistent=False)
-        self.register_buffer("scales", parts["weight_scale"].view(torch.uint8), persistent=False)
-        tensor_scale = torch.ones(()) if weight.tensor_scale is None else weight.tensor_scale.reshape(())
-        self.register_buffer("tensor_scale", tensor_scale, persistent=False)
-        self.outer = tensor_scale.item()
+        for name, part in (("codes", codes), ("scales", parts["weight_scale"]), ("outer_bytes", outer)):
+            self.register_buffer(name, part.view(torch.uint8).to(device), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._backend = backend
         if backend != "auto":
-            check(backend, weight.format, codes.device.type)
+            check(backend, weight.format, self.codes.device.type)
 
     @property
     def backend(self) -> str:
@@ -69,9 +78,13 @@ class PackedLinear(nn.Module):
         return best(self.format, self.codes.device.type) if self._backend == "auto" else self._backend
 
     def forward(self, x: Tensor) -> Tensor:
-        seen = self.site(x)
-        y = BACKENDS[self.backend].product(self, seen.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
+        y = BACKENDS[self.backend].product(self, x).view(*x.shape[:-1], -1)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    @property
+    def tensor_scale(self) -> Tensor:
+        """The weight's outer scale [], float32; 1 in formats without one."""
+        return self.outer_bytes.view(torch.float32).reshape(())
 
     def rows(self, start: int, stop: int) -> QTensor:
         """Some rows of the weight, unpacked."""
@@ -110,13 +123,14 @@ class Head(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """``product(layer, x [T, K])`` is [T, N]; ``fits(format, device type)`` says where that works."""
+    """``product(layer, x [..., K])``, the site's work included, is [T, N]; ``fits(format, device type)`` says where it works."""
 
     fits: Callable[[BlockFormat, str], bool]
     product: Callable[[PackedLinear, Tensor], Tensor]
 
 
 def native_product(layer: PackedLinear, x: Tensor) -> Tensor:
+    x = layer.site(x).reshape(-1, layer.in_features)
     if x.shape[0] <= (NATIVE_TOKENS if native.has_product(layer.format) else PORTABLE_TOKENS):
         x = x.to(torch.float32).contiguous()
         return native.product(x, layer.codes, layer.scales, layer.outer, format=layer.format)
@@ -124,13 +138,14 @@ def native_product(layer: PackedLinear, x: Tensor) -> Tensor:
 
 
 def torch_product(layer: PackedLinear, x: Tensor) -> Tensor:
-    return _by_tiles(layer, x, _decode)
+    return _by_tiles(layer, layer.site(x).reshape(-1, layer.in_features), _decode)
 
 
 BACKENDS = {  # the best first
     "native": Backend(
         fits=lambda format, device: device == "cpu" and native.library() is not None, product=native_product
     ),
+    "triton": Backend(fits=lambda format, device: kernels.runs_on(device), product=gpu.product),
     "torch": Backend(fits=lambda format, device: True, product=torch_product),
 }
 
@@ -141,6 +156,12 @@ def best(format: BlockFormat, device: str) -> str:
     return next(name for name, backend in BACKENDS.items() if backend.fits(format, device))
 
 
+def described(format: BlockFormat, activations: BlockFormat | None, device: torch.device) -> str:
+    """The best backend's name, on a GPU with the product that it has for many tokens."""
+    name = best(format, device.type)
+    return f"{name}, {gpu.many(format, activations, device)}" if name == "triton" else name
+
+
 def check(name: str, format: BlockFormat, device: str) -> None:
     """Raise ValueError where there is no backend ``name``, or it does not run ``format`` on this type of device."""
     if name not in BACKENDS:
@@ -148,7 +169,7 @@ def check(name: str, format: BlockFormat, device: str) -> None:
     if not BACKENDS[name].fits(format, device):
         raise ValueError(
             f"backend {name!r} does not run {format.name} on {device!r} here (native: a CPU, and microbat installed where "
-            "there is a C++ compiler)"
+            "there is a C++ compiler; triton: a GPU, and Triton installed)"
         )
 
 
