@@ -102,7 +102,7 @@ class MicrobatConfig(QuantizationConfig):
         ]
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        self._check_parallel()
+        self._check_config()
         found = locate(prefix, self.blocks, self.packed_modules_mapping)
         if isinstance(layer, Attention) and found and self.contract.get("kv_cache"):
             return CacheMethod(self, found[0])
@@ -114,7 +114,7 @@ class MicrobatConfig(QuantizationConfig):
         self._mine.update(f"{self.blocks}.{index}.{path}" for path in paths)
         return LinearMethod(self, index, paths)
 
-    def _check_parallel(self) -> None:
+    def _check_config(self) -> None:
         """Raise ValueError, before anything is read, where vLLM would compute something else."""
         config = get_current_vllm_config()
         if (size := config.parallel_config.tensor_parallel_size) > 1:
