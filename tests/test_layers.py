@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +23,21 @@ def test_importing_microbat_has_no_effect():
         "for name in microbat.__all__: assert getattr(microbat, name)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_only_vllm_loads_its_plugin():
+    plugins = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
+    module, _, function = plugins["microbat"].partition(":")
+    source = (ROOT / "src" / (module.replace(".", "/") + ".py")).read_text()
+    assert f"def {function}(" in source
+    code = (
+        "import sys\n"
+        "from microbat import cli, pipeline, verify\n"
+        "from microbat.engines.base import engines\n"
+        "assert 'vllm' in engines()\n"
+        f"assert not {{'vllm', {module!r}}} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def test_importing_the_pipeline_leaves_torch_as_it_was():

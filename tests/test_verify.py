@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import microbat
 from microbat.cli import app
 from microbat.engines import transformers as engine
+from microbat.engines import vllm
 from microbat.engines.base import watched
 from microbat.export import compressed_tensors
 from microbat.export import folder as folders
@@ -186,3 +187,10 @@ def test_wrong_requests(made, tiny, text_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine.Transformers, "run", missing)
     assert "pip install transformers compressed-tensors" in run("verify", out, code=2)
+
+
+def test_an_engine_that_is_not_installed(made, monkeypatch):
+    monkeypatch.setattr(vllm, "find_spec", lambda name: None)
+    said = run("verify", made["gptq"], "--engine", "vllm", code=2)
+    assert "engine 'vllm' is not installed" in said
+    assert "pip install 'microbat[vllm]'" in said

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -28,6 +29,7 @@ class Layout(StrEnum):
 
     compressed_tensors = "compressed-tensors"
     gguf = "gguf"
+    microbat = "microbat"
 
 
 class Listed(StrEnum):
@@ -45,7 +47,7 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, FloatingPointError, ImportError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
 
@@ -141,26 +143,32 @@ def export(
     folder: Annotated[Path, typer.Argument(help="A microbat folder.")],
     out: Annotated[Path, typer.Option(help="The folder (gguf: the file) to write; must not exist.")],
     target: Annotated[
-        str, typer.Option(help="Who will load it: transformers, vllm, vllm-hopper, vllm-blackwell, llama.cpp.")
+        str,
+        typer.Option(
+            help="Who will load it: transformers, vllm, vllm-hopper, vllm-blackwell, vllm-cpu, vllm-plugin, llama.cpp.",
+        ),
     ],
-    format: Annotated[Layout, typer.Option(help="The layout.")] = Layout.compressed_tensors,
+    format: Annotated[Layout | None, typer.Option(help="The layout; the target's own if not given.")] = None,
 ) -> None:
     """Write a folder in another layout, its bits unchanged. What the target would drop or compute otherwise is refused.
 
     Example: `microbat export qwen-mxfp4 --target transformers --out qwen-mxfp4-ct`
     """
-    from microbat.export import compressed_tensors, gguf
+    from microbat.export import as_it_is, compressed_tensors, gguf
+    from microbat.export.targets import TARGETS
+    from microbat.registry import pick
 
-    exporter = {Layout.compressed_tensors: compressed_tensors, Layout.gguf: gguf}[format]
+    exporters = {Layout.compressed_tensors: compressed_tensors, Layout.gguf: gguf, Layout.microbat: as_it_is}
     with _errors():
-        written = exporter.export(folder, out, target=target)
-    console.print(f"{written}: {format.value} for {target}", soft_wrap=True)
+        layout = format or Layout(pick("target", target, TARGETS).layout)
+        written = exporters[layout].export(folder, out, target=target)
+    console.print(f"{written}: {layout.value} for {target}", soft_wrap=True)
 
 
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="A microbat folder, or what `microbat export` wrote.")],
-    engine: Annotated[str, typer.Option(help="microbat, transformers, llama.cpp; empty: the folder's own.")] = "",
+    engine: Annotated[str, typer.Option(help="microbat, transformers, vllm, llama.cpp; empty: the folder's own.")] = "",
 ) -> None:
     """Compare a folder's codes, bit for bit, and an engine's logits with the calibrated model; exit status 1 if they differ.
 
@@ -172,7 +180,7 @@ def verify(
         try:
             verdict = verify(folder, engine=engine)
         except Altered as error:
-            Console(stderr=True).print(f"[bold red]FAILED:[/] {error}", highlight=False, soft_wrap=True)
+            Console(stderr=True).print(f"[bold red]FAILED:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
     console.print(f"codes of {verdict.layers} linear layers: equal, bit for bit", highlight=False)
     if verdict.error is not None:

@@ -154,7 +154,10 @@ def test_the_export_says_where_it_comes_from(tiny, text_file, tmp_path):
         ("transformers", {"scheme": "W8A8:int8"}, ["127.5", "--target vllm"]),
         ("transformers", {"scheme": "W4A4:nvfp4"}, ["W4A16:nvfp4"]),
         ("transformers", {"scheme": "W8A16:mxint8"}, ["mxint8 weights", "the engine has"]),
-        ("vllm", {"scheme": "W4A16:nvfp4"}, ["tensor scale each"]),
+        ("vllm", {"scheme": "W4A16:nvfp4"}, ["tensor scale each", "--target vllm-plugin"]),
+        ("vllm-cpu", {"scheme": "W8A16:int8"}, ["no kernel for it on CPUs", "W8A8:int8"]),
+        ("vllm-cpu", {"scheme": "W4A4"}, ["no kernel for it on CPUs", "--target vllm-plugin"]),
+        ("vllm-cpu", {"scheme": "W4A8"}, ["mxfp4 weights with mxfp8_e4m3", "int4 and 16 bits, int8 and int8"]),
         (
             "vllm",
             {"scheme": "W4A16:int4", "ignore": ("re:0.*k_proj$",)},
@@ -184,6 +187,7 @@ def test_what_an_engine_would_not_compute_is_refused(tiny, text_file, tmp_path, 
         ("vllm", {"scheme": "W8A8:int8"}),
         ("vllm-hopper", {"scheme": "W4A16"}),
         ("vllm-blackwell", {"scheme": "W4A4", "scale_rule": "rceil"}),
+        ("vllm-cpu", {"scheme": "W8A8:int8"}),
     ],
 )
 def test_what_vllm_computes_is_exported(tiny, text_file, tmp_path, target, options):

@@ -26,11 +26,13 @@ class Run:
 
 class Engine(ABC):
     """``name`` is what users type; ``install`` the command that installs it; ``activations`` what its products round 16-bit
-    activations to, which the calibrated model then does too (None: nothing)."""
+    activations to, which the calibrated model then does too (None: nothing); ``roundings`` how many models rounded on their
+    own its logits are compared between: 2 where its sums have an order of their own, 1 where they are transformers'."""
 
     name: ClassVar[str]
     install: ClassVar[str]
     activations: ClassVar[AbsMax | None] = None
+    roundings: ClassVar[int] = 1
 
     @abstractmethod
     def run(self, folder: Path, tokens: Tensor, layers: list[str]) -> Run:

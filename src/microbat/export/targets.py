@@ -16,17 +16,19 @@ from microbat.quantizers.clip import Clip
 from microbat.registry import pick
 
 LAYOUT = "compressed-tensors"
+AS_IT_IS = "microbat"
 Served = tuple[str, ...] | str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """An engine's profile. ``layout``: what it reads. ``fuses``: it multiplies the layers that share an input at once, with
-    one scheme and one tensor scale. ``serves``: (weights, activations) -> the activations' scale rules, or the reason
-    against the pair."""
+    """An engine's profile. ``engine``: its name in :mod:`microbat.engines`. ``layout``: what it reads. ``fuses``: it multiplies
+    the layers that share an input at once, with one scheme and one tensor scale. ``serves``: (weights, activations) -> the
+    activations' scale rules, or the reason against the pair; empty where the layout is microbat's own, which has no limits."""
 
     name: str
     title: str
+    engine: str
     serves: dict[tuple[str, str | None], Served]
     fuses: bool = False
     layout: str = LAYOUT
@@ -53,6 +55,7 @@ WITHOUT_ACTIVATIONS = (
 TRANSFORMERS = Target(
     name="transformers",
     title="transformers",
+    engine="transformers",
     serves={
         ("mxfp4", None): ANY_RULE,
         ("mxfp4", "mxfp4"): ("even",),
@@ -74,6 +77,7 @@ TRANSFORMERS = Target(
 VLLM = Target(
     name="vllm",
     title="vLLM on every GPU",
+    engine="vllm",
     fuses=True,
     serves=EVERY_GPU
     | dict.fromkeys([("mxfp4", None), ("mxfp4", "mxfp4"), ("mxfp8_e4m3", None), ("mxfp8_e4m3", "mxfp8_e4m3")], BY_GPU),
@@ -81,6 +85,7 @@ VLLM = Target(
 VLLM_HOPPER = Target(
     name="vllm-hopper",
     title="vLLM on Hopper and older GPUs",
+    engine="vllm",
     fuses=True,
     serves=EVERY_GPU
     | {
@@ -94,6 +99,7 @@ VLLM_HOPPER = Target(
 VLLM_BLACKWELL = Target(
     name="vllm-blackwell",
     title="vLLM on Blackwell GPUs",
+    engine="vllm",
     fuses=True,
     serves=EVERY_GPU
     | {
@@ -113,6 +119,7 @@ VLLM_BLACKWELL = Target(
 LLAMA_CPP = Target(
     name="llama.cpp",
     title="llama.cpp",
+    engine="llama.cpp",
     layout="gguf",
     serves={
         ("mxfp4", None): ANY_RULE,
@@ -120,7 +127,25 @@ LLAMA_CPP = Target(
         ("mxfp4", "mxfp8_e4m3"): "llama.cpp does not quantize activations to MXFP8; quantize with A16 (--scheme W4A16)",
     },
 )
-TARGETS = {target.name: target for target in (TRANSFORMERS, VLLM, VLLM_HOPPER, VLLM_BLACKWELL, LLAMA_CPP)}
+NO_CPU_KERNEL = (
+    "vLLM has no kernel for it on CPUs and does not load it; quantize with --scheme W8A8:int8 or W4A16:int4, or take "
+    "--target vllm-plugin"
+)
+VLLM_CPU = Target(
+    name="vllm-cpu",
+    title="vLLM on CPUs",
+    engine="vllm",
+    fuses=True,
+    serves={("int4", None): ANY_RULE, ("int8", "int8"): ("absmax",)}
+    | dict.fromkeys([("int8", None), ("mxfp4", None), ("mxfp4", "mxfp4"), ("mxfp8_e4m3", None)], NO_CPU_KERNEL),
+)
+VLLM_PLUGIN = Target(
+    name="vllm-plugin", title="vLLM with microbat's plugin", engine="vllm", layout=AS_IT_IS, fuses=True, serves={}
+)
+TARGETS = {
+    target.name: target
+    for target in (TRANSFORMERS, VLLM, VLLM_HOPPER, VLLM_BLACKWELL, VLLM_CPU, VLLM_PLUGIN, LLAMA_CPP)
+}
 
 
 def target_of(name: str, layout: str) -> Target:
@@ -165,7 +190,10 @@ def format_reasons(target: Target, contract: dict[str, Any]) -> list[str]:
             f"{' or '.join(map(repr, served))}; quantize with --scale-rule {served[0]}"
         )
     if cache:
-        reasons.append(f"the cache in {cache['format']}: the engine would keep it in 16 bits; quantize with KV16")
+        reasons.append(
+            f"the cache in {cache['format']}: the engine would keep it in 16 bits; quantize with KV16, or "
+            "take --target vllm-plugin"
+        )
     return reasons
 
 
@@ -179,8 +207,8 @@ def _site_reasons(target: Target, site: QuantSite, block: QuantBlock) -> list[st
     if site.transform is not None:
         reasons.append(
             f"transform {site.transform.name!r} before {', '.join(site.consumers)} runs online and would be dropped; "
-            "keep the microbat folder, which transformers loads after `import microbat`, or take a method that folds "
-            "(rtn, gptq, smoothquant)"
+            "keep the microbat folder, which transformers loads after `import microbat` and vLLM where microbat is installed "
+            "(--target vllm-plugin), or take a method that folds (rtn, gptq, smoothquant)"
         )
     if isinstance(site.quantizer, Clip):
         reasons.append(
@@ -190,6 +218,6 @@ def _site_reasons(target: Target, site: QuantSite, block: QuantBlock) -> list[st
     if target.fuses and len(scales) > 1:
         reasons.append(
             f"{', '.join(site.consumers)} have a tensor scale each: the engine fuses them and takes the largest; "
-            "take --target transformers or --scheme W4A16 (mxfp4)"
+            "take --target vllm-plugin or transformers, or --scheme W4A16 (mxfp4)"
         )
     return reasons

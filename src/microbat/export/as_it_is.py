@@ -1,0 +1,28 @@
+"""A microbat folder for an engine that reads it by microbat's plugin: its files as they are, every tensor checked."""
+
+import os
+import shutil
+from pathlib import Path
+
+from microbat.export.folder import read_contract, read_shard
+from microbat.export.targets import AS_IT_IS, target_of
+
+
+def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
+    """Copy the microbat folder ``folder`` to ``out``; return ``out``.
+
+    Raises ValueError, before anything is written, for a target that reads another layout, and for a folder that is not
+    ours or damaged.
+    """
+    folder, out = Path(folder), Path(out)
+    target_of(target, AS_IT_IS)
+    read_contract(folder)
+    if out.exists():
+        raise ValueError(f"output folder {out} exists; choose another or remove it")
+    for shard in sorted(folder.glob("*.safetensors")):
+        read_shard(shard)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(folder, partial)
+    os.rename(partial, out)
+    return out

@@ -1,0 +1,245 @@
+"""vLLM serves microbat folders as they are: ``vllm serve DIR``, where microbat is installed beside it.
+
+vLLM finds :func:`register` by the entry point ``vllm.general_plugins`` and calls it in each of its processes. A folder's
+config.json says ``quant_method: microbat``; for its linear layers vLLM then asks :class:`MicrobatConfig`. vLLM places the
+tensors that are no codes; afterwards each of its modules, which hold several of our layers, gets those from the block's shard
+(:mod:`microbat.runtime.fused`). Transforms, clips and the formats of activations run online, in microbat's own kernels.
+
+A quantized cache: keys (after their position encoding) and values are quantized before vLLM stores them in its own cache.
+
+To torch.compile a layer is one operator, known by the layer's name, as vLLM's own attention is.
+"""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import CUDAGraphMode, get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.utils.torch_utils import (
+    LayerNameType,
+    _encode_layer_name,
+    _resolve_layer_name,
+    direct_register_custom_op,
+    is_quantized_kv_cache,
+)
+
+from microbat.export.folder import (
+    OTHER_SHARD,
+    QUANT_METHOD,
+    StoredBlock,
+    block_shard,
+    check_contract,
+    quantized_layers,
+    read_block,
+    read_shard,
+)
+from microbat.formats.block import BlockFormat
+from microbat.models.base import family_of, resolve
+from microbat.registry import instances
+from microbat.runtime.fused import TokenCache, fuse, locate, not_floats
+
+logger = init_logger("vllm.microbat")
+
+
+def register() -> None:
+    """Tell vLLM about microbat folders; called by vLLM in each of its processes, any number of times."""
+    if not hasattr(torch.ops.vllm, "microbat_linear"):
+        direct_register_custom_op("microbat_linear", _linear, fake_impl=_linear_shape)
+        direct_register_custom_op("microbat_cache", _cache, fake_impl=_cache_shapes)
+    register_quantization_config(QUANT_METHOD)(MicrobatConfig)
+
+
+class MicrobatConfig(QuantizationConfig):
+    """``quantization_config`` of a microbat folder, as vLLM asks for it; it finds the folder's shards itself."""
+
+    def __init__(self, contract: dict[str, Any]):
+        super().__init__()
+        check_contract(contract, "quantization_config of config.json")
+        self.contract = contract
+        self.folder, self.blocks = Path(), ""
+        self.layers: list[frozenset[str]] = []  # of each block, the paths of those whose codes it holds
+        self._mine: set[str] = set()
+        self._waiting: Counter[int] = Counter()
+        self._read: dict[int, StoredBlock] = {}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "MicrobatConfig":
+        return cls(config)
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80  # bfloat16
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []  # all is in config.json
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        if revision is not None:
+            raise ValueError(f"--revision {revision} of {model_name}: download it and serve the folder")
+        self.folder = resolve(model_name)
+        self.blocks = family_of(hf_config.model_type).blocks
+        self.layers = [
+            frozenset(quantized_layers(self.folder / block_shard(index)))
+            for index in range(hf_config.num_hidden_layers)
+        ]
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        self._check_config()
+        found = locate(prefix, self.blocks, self.packed_modules_mapping)
+        if isinstance(layer, Attention) and found and self.contract.get("kv_cache"):
+            return CacheMethod(self, found[0])
+        if not isinstance(layer, LinearBase):
+            return None
+        if found is None or self.layers[found[0]].isdisjoint(found[1]):
+            return UnquantizedLinearMethod()
+        index, paths = found
+        self._mine.update(f"{self.blocks}.{index}.{path}" for path in paths)
+        return LinearMethod(self, index, paths)
+
+    def _check_config(self) -> None:
+        """Raise ValueError, before anything is read, where vLLM would compute something else."""
+        config = get_current_vllm_config()
+        if (size := config.parallel_config.tensor_parallel_size) > 1:
+            raise ValueError(
+                f"microbat folders are served with --tensor-parallel-size 1, not {size}: transforms, scales and clips belong "
+                "to whole rows of a weight"
+            )
+        activations = self.contract["activations"]
+        if activations and instances("microbat.formats", BlockFormat)[activations["format"]].has_tensor_scale:
+            if config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
+                raise ValueError(
+                    f"{activations['format']} activations are scaled by the largest magnitude of a call, and CUDA graphs add "
+                    "rows of their own to it: serve with --enforce-eager"
+                )
+            logger.warning_once(
+                "%s activations are scaled by the largest magnitude of a call: an answer depends on the requests that "
+                "are computed with it",
+                activations["format"],
+            )
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
+        """What vLLM's loader is not to place: all that is not a float tensor of a module of its own."""
+        read_shard(self.folder / OTHER_SHARD)  # an altered tensor shows here; those of blocks when they are read
+        return WeightsMapper(orig_to_new_regex={re.compile(not_floats(self.blocks, self._mine)): None})
+
+    def expect(self, index: int) -> None:
+        """A module will ask for block ``index``."""
+        self._waiting[index] += 1
+
+    def block(self, index: int) -> StoredBlock:
+        """The block, read and checked for the first of the modules that wait for it, forgotten after the last."""
+        if index not in self._read:
+            self._read[index] = read_block(self.folder / block_shard(index))
+        self._waiting[index] -= 1
+        return self._read[index] if self._waiting[index] > 0 else self._read.pop(index)
+
+
+class LinearMethod(LinearMethodBase):
+    """A linear module of vLLM: our layers at ``paths`` of block ``index``, side by side."""
+
+    def __init__(self, config: MicrobatConfig, index: int, paths: tuple[str, ...]):
+        self.config, self.index, self.paths = config, index, paths
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        self.shapes = [(size, input_size) for size in output_partition_sizes]
+        self.width, self.dtype, self.device = output_size, params_dtype, torch.get_default_device()
+        self.config.expect(self.index)
+        get_current_vllm_config().compilation_config.static_forward_context[layer.prefix] = layer
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        stored = self.config.block(self.index)
+        for path, shape in zip(self.paths, self.shapes, strict=True):
+            weight = stored.quantized.weights.get(path)
+            found = tuple((stored.floats[f"{path}.weight"] if weight is None else weight).shape)
+            if found != shape:
+                shard = self.config.folder / block_shard(self.index)
+                raise ValueError(f"shard {shard}: {path} is {found}; config.json makes it {shape}")
+        layer.microbat = fuse(stored, self.paths, dtype=self.dtype, biases=not layer.skip_bias_add).to(self.device)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        # The bias, which vLLM holds too, is added to sums that are not rounded yet, where microbat.load adds it.
+        return torch.ops.vllm.microbat_linear(x, self.width, _encode_layer_name(layer.prefix))
+
+
+class CacheMethod(BaseKVCacheMethod):
+    """Attention whose keys and values are quantized before they are stored."""
+
+    def __init__(self, config: MicrobatConfig, index: int):
+        super().__init__(config)
+        self.index = index
+
+    def create_weights(self, layer: nn.Module) -> None:
+        if is_quantized_kv_cache(layer.kv_cache_dtype):
+            raise ValueError(
+                f"--kv-cache-dtype {layer.kv_cache_dtype}: the folder quantizes the cache to "
+                f"{self.quant_config.contract['kv_cache']['format']} itself; leave it at auto"
+            )
+        super().create_weights(layer)
+        self.device = torch.get_default_device()
+        self.quant_config.expect(self.index)
+        layer.register_forward_pre_hook(_quantize_cache)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        super().process_weights_after_loading(layer)
+        kv = self.quant_config.block(self.index).quantized.kv
+        assert kv is not None
+        layer.microbat = TokenCache(kv, layer.head_size).to(self.device)
+        logger.info_once(
+            "keys and values are rounded to %s as calibrated and stored in vLLM's own cache (%s), which does not shrink",
+            kv.key.format.name if hasattr(kv.key, "format") else kv.key.inner.format.name,
+            layer.kv_cache_torch_dtype,
+        )
+
+
+def _quantize_cache(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    query, key, value, *others = inputs
+    return *torch.ops.vllm.microbat_cache(query, key, value, _encode_layer_name(layer.layer_name)), *others
+
+
+def _linear(x: Tensor, width: int, layer_name: LayerNameType) -> Tensor:
+    return _module(layer_name)(x.contiguous())
+
+
+def _linear_shape(x: Tensor, width: int, layer_name: LayerNameType) -> Tensor:
+    return x.new_empty(*x.shape[:-1], width)
+
+
+def _cache(query: Tensor, key: Tensor, value: Tensor, layer_name: LayerNameType) -> tuple[Tensor, Tensor, Tensor]:
+    return _module(layer_name)(query, key, value)
+
+
+def _cache_shapes(
+    query: Tensor, key: Tensor, value: Tensor, layer_name: LayerNameType
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _module(layer_name: LayerNameType) -> nn.Module:
+    return get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)].microbat
