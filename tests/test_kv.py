@@ -7,10 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 import microbat
+from microbat.evaluation.generation import OnTheSpot, Request, Sampling
 from microbat.formats.microscaling import MXFP4, MXFP8_E4M3
 from microbat.kv import KVQuantizer
+from microbat.pipeline import tokenizer_of
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
+from microbat.runtime.cache import new_cache
 from microbat.transforms.kronecker import GPK
 
 FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float32"}
@@ -74,10 +77,20 @@ def test_generation_from_stored_codes(tiny, text_file, tmp_path, method, scheme)
     bits = 4 if scheme.endswith("KV4") else 8
     assert cache.nbytes == 2 * 2 * blocks * heads * tokens * (lanes * bits // 8 + 1)
 
+    caches = []
+    requests = [Request(prompt=prompt, seed=1) for prompt in ("Bats", "What do bats eat at night?")]
+    answers = [
+        dict(OnTheSpot(model=model, tokenizer=tokenizer_of(out), sampling=Sampling(max_new_tokens=6), **more)(requests))
+        for more in ({}, {"cache": lambda model: caches.append(new_cache(model)) or caches[-1]})
+    ]
+    assert answers[0] == answers[1]
+    assert [cache.get_seq_length() > 0 for cache in caches] == [True]
+
 
 def test_a_16_bit_cache_is_refused(tiny):
     with pytest.raises(ValueError, match="leaves the cache in 16 bits"):
         microbat.QuantizedCache(microbat.load(tiny()))
+    assert new_cache(microbat.load(tiny())) is None
 
 
 def test_the_map_of_values_goes_into_the_weights(tiny, text_file, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from microbat.runtime.cache import QuantizedCache, quantizes
+from microbat.runtime.cache import new_cache
 from microbat.runtime.load import load, load_plain
 from microbat.runtime.packed import PackedLinear
 
@@ -111,7 +111,7 @@ def _decode(model: nn.Module, tokens: int, prompt: int) -> None:
         top_p=None,
         top_k=None,
         pad_token_id=0,
-        past_key_values=QuantizedCache(model) if quantizes(model) else None,
+        past_key_values=new_cache(model),
     )
 
 

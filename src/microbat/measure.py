@@ -17,6 +17,7 @@ from microbat.evaluation.windows import windows as cut_windows
 from microbat.export import folder as folders
 from microbat.models.base import Checkpoint, resolve
 from microbat.pipeline import load, pick_device, tokenizer_of
+from microbat.runtime.cache import new_cache
 
 HELD_TOGETHER = 8 << 30  # bytes; models that fit are held together, so that they share the reference's passes
 
@@ -94,7 +95,8 @@ def task_scores(model: str | Path, tasks: Tasks, *, answers: Path, device: str =
     """Benchmark -> ``score``, ``stderr`` and all else that was counted, of one model; ``answers`` keeps what it wrote."""
     if _is_url(model):
         return tasks.answered(Served(url=str(model), sampling=tasks.sampling), _identity(model), answers)
-    return tasks.scores(load(model, device=pick_device(device)), tokenizer_of(model), _identity(model), answers)
+    loaded = load(model, device=pick_device(device))
+    return tasks.scores(loaded, tokenizer_of(model), _identity(model), answers, new_cache)
 
 
 def held_together(model: str | Path) -> int:

@@ -100,6 +100,7 @@ class OnTheSpot:
     model: nn.Module
     tokenizer: Any
     sampling: Sampling
+    cache: Callable[[nn.Module], Any] = lambda model: None  # a cache for each batch; None: transformers' own
 
     def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
         size = self.sampling.batch_size
@@ -142,6 +143,7 @@ class OnTheSpot:
             attention_mask=mask_BT.to(model.device),
             generation_config=config,
             logits_processor=[SeededDraw(self.sampling, [request.seed for request in batch])],
+            past_key_values=self.cache(model),
         )
         return [self._answer(new_T.tolist(), stops) for new_T in out_BT[:, longest:]]
 

@@ -1,7 +1,7 @@
 """One model's scores on named benchmarks: those that it answers in its own words, and lm-evaluation-harness's tasks."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,14 @@ class Tasks:
         what = {"tasks": list(self.names), "data": str(self.data or ""), "limit": self.limit}
         return what | ({"sampling": drawn} if self.problems else {})
 
-    def scores(self, model: nn.Module, tokenizer: Any, identity: str, answers: Path) -> Scores:
-        """Of a transformers causal LM on its own device; see :meth:`answered` for the other arguments."""
+    def scores(
+        self, model: nn.Module, tokenizer: Any, identity: str, answers: Path, cache: Callable[[nn.Module], Any]
+    ) -> Scores:
+        """Of a transformers causal LM on its own device; ``cache`` as :class:`OnTheSpot` takes it, the other arguments as
+        :meth:`answered`."""
         harness = by_likelihood(self.names)
         found = run_tasks(model, tokenizer, harness, data=self.data, limit=self.limit) if harness else {}
-        generate = OnTheSpot(model=model, tokenizer=tokenizer, sampling=self.sampling)
+        generate = OnTheSpot(model=model, tokenizer=tokenizer, sampling=self.sampling, cache=cache)
         return {name: _headed(result) for name, result in found.items()} | self.answered(generate, identity, answers)
 
     def answered(self, generate: Generate, identity: str, answers: Path) -> Scores:

@@ -12,11 +12,6 @@ from microbat.formats.packing import pack, unpack
 from microbat.kv import KVQuantizer
 
 
-def quantizes(model: nn.Module) -> bool:
-    """Whether the model's scheme quantizes its cache."""
-    return any(isinstance(module, KVQuantizer) for module in model.modules())
-
-
 class QuantizedCache(Cache):
     """``model.generate(..., past_key_values=QuantizedCache(model))``: the same tokens, a fraction of the memory.
 
@@ -33,6 +28,11 @@ class QuantizedCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all codes and scales."""
         return sum(t.nbytes for layer in self.layers for parts in layer.stored for t in parts.values())
+
+
+def new_cache(model: nn.Module) -> QuantizedCache | None:
+    """What ``model.generate`` wants as ``past_key_values``: None, transformers' own, where the cache stays in 16 bits."""
+    return QuantizedCache(model) if any(isinstance(module, KVQuantizer) for module in model.modules()) else None
 
 
 class _Layer(CacheLayerMixin):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from microbat.runtime.cache import QuantizedCache, quantizes
+from microbat.runtime.cache import new_cache
 
 
 def generate(
@@ -45,7 +45,7 @@ def generate(
             temperature=None,
             top_p=None,
             top_k=None,
-            past_key_values=QuantizedCache(model) if quantizes(model) else None,
+            past_key_values=new_cache(model),
             streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
     return "".join(pieces)
