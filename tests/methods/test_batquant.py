@@ -91,6 +91,14 @@ def test_last_steps_improve_on_nearest(tiny):
     assert learned[0].error < nearest[0].error
 
 
+def test_a_balanced_start_is_better_than_the_hadamard_matrix_before_any_training(tiny):
+    settings = {"transform": "full", "epochs": 0, "clip": False, "weight_clip": False}
+    for scheme in ("W4A4", "W4A4KV4"):
+        _, hadamard = quantize(tiny("qwen3"), (BATQuant(**settings),), GPTQ(), scheme)
+        _, balanced = quantize(tiny("qwen3"), (BATQuant(**settings, init="balanced"),), GPTQ(), scheme)
+        assert balanced[0].error < 0.9 * hadamard[0].error
+
+
 def test_refining_keeps_the_codes_and_lowers_the_error(tiny):
     settings = {"epochs": 5, "transform": "full"}
     plain, before = quantize(tiny(), (BATQuant(**settings, refine_epochs=0),), GPTQ())
@@ -111,3 +119,5 @@ def test_every_block_format_works(tiny, scheme):
 def test_unknown_choices_are_refused():
     with pytest.raises(ValueError, match="g1=5"):
         BATQuant(g=32, g1=5)
+    with pytest.raises(ValueError, match="init=balanced .* transform=full alone, not for 'gpk'"):
+        BATQuant(init="balanced")

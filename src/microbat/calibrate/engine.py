@@ -95,6 +95,19 @@ class _Data:
             self._runner.run(self.block, self.float_inputs)
         return largest
 
+    def moments(self, path: str, block: int) -> Tensor:
+        linear = self.block.get_submodule(path)
+        total = torch.zeros(linear.in_features // block, block, block, dtype=torch.float64, device=linear.weight.device)
+
+        def see(inputs: tuple, output: Tensor) -> None:
+            x = nn.functional.normalize(inputs[0].flatten(0, -2).to(torch.float32), dim=-1)
+            x_GTB = x.unflatten(-1, (-1, block)).transpose(0, 1)
+            total.add_(x_GTB.mT @ x_GTB)
+
+        with _watch(linear, see):
+            self._runner.run(self.block, self.inputs)
+        return total
+
     def faked(self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False) -> Callable[[Tensor], Tensor]:
         for site in plan.sites:
             for module in (site.transform, site.activation, *site.weights.values(), plan.kv):

@@ -106,6 +106,10 @@ class BlockData(Protocol):
     def absmax(self, path: str) -> Tensor:
         """The largest magnitude of each input channel [K] of the linear layer at ``path``, over the float stream."""
 
+    def moments(self, path: str, block: int) -> Tensor:
+        """Second moments [K / block, block, block] of the input of the linear layer at ``path``, over the quantized stream
+        and each block of channels, float64; every token counts as if it had length 1."""
+
     def faked(self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False) -> Callable[[Tensor], Tensor]:
         """The block as a differentiable function that quantizes by ``plan``, with ``weights`` in its linear layers.
 

@@ -18,12 +18,15 @@ only the inverse transpose is exact; that is what is used.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.kv import KVQuantizer
 from microbat.methods.base import BlockData, Plan, Preparer, SitePlan, Solver
 from microbat.methods.learn import Inputs, Objective, Schedule, refine_plan, train_plan
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
+from microbat.transforms.balance import balanced_blocks
 from microbat.transforms.base import BlockDiagonal, Transform
 from microbat.transforms.hadamard import BlockHadamard
 from microbat.transforms.kronecker import GPK, FullBlocks, Init, Kronecker, NaiveKronecker, balanced_split
@@ -41,7 +44,8 @@ class BATQuant(Preparer):
     transform: Kind = "gpk"
     g: int = 0  # transform block; 0: the format's (section 4.3.2: alignment is best)
     g1: int = 8  # size of the shared matrix, sec. 4.1.2
-    init: Init = "hadamard"  # unstated; the identity barely moves in the paper's 160 steps (sheet C6)
+    # Unstated; the identity barely moves in the paper's 160 steps (sheet C6). "balanced", for full blocks: transforms/balance.py.
+    init: Init | Literal["balanced"] = "hadamard"
     lr: float = 5e-3  # the paper's 2e-3 is too small, 1e-2 follows the calibration text too closely, LOG.md
     clip: bool = True
     clip_lr: float = 2e-2  # unstated; 10 x the paper's rate, as FlatQuant
@@ -64,6 +68,11 @@ class BATQuant(Preparer):
         if self.g and self.transform in ("gpk", "naive_kron") and self.g % self.g1:
             raise ValueError(f"{self.name}.g1={self.g1} does not divide the transform block g={self.g}")
 
+        if self.init == "balanced" and self.transform != "full":
+            raise ValueError(
+                f"{self.name}.init=balanced has a closed form for transform=full alone, not for {self.transform!r}"
+            )
+
     @property
     def seeded(self) -> bool:
         return self.epochs > 0 or self.init == "orthogonal"
@@ -82,6 +91,9 @@ class BATQuant(Preparer):
         if plan.kv is not None:
             self._map_values(plan, plan.kv.value.format, data)
             plan.kv = self._cache(plan.kv, data)
+        if self.init == "balanced":
+            for site in plan.sites:
+                self._balance(site, plan.values if site is plan.value_site() else None, data)
         schedule = Schedule(epochs=self.epochs, batch=self.batch, objective=self.objective, inputs=self.inputs)
         train_plan(data, plan, solver, lr=self.lr, clip_lr=self.clip_lr, schedule=schedule)
         return plan
@@ -120,10 +132,28 @@ class BATQuant(Preparer):
         if plan.values.block == site.transform.block:
             site.transform = self._transform(site.transform.width, _format(site), data, g=self.g, init="identity")
 
+    @torch.no_grad()
+    def _balance(self, site: SitePlan, values: BlockDiagonal | None, data: BlockData) -> None:
+        """Start the site's full blocks where its second moments say; ``values`` maps each head's lanes before."""
+        assert isinstance(site.transform, FullBlocks)
+        size = site.transform.block
+        moments = data.moments(site.site.consumers[0], size)
+        weight = torch.cat([data.block.get_submodule(path).weight for path in site.weights]).to(torch.float64)
+        weight_GNB = weight.unflatten(-1, (-1, size)).transpose(0, 1)
+        gram = weight_GNB.mT @ weight_GNB
+        if values is not None and values.block == size:
+            heads = moments.shape[0] // values.blocks().shape[0]
+            before, inverse = (
+                blocks.to(moments).repeat(heads, 1, 1) for blocks in (values.blocks(), values.inverse_blocks())
+            )
+            moments, gram = before.mT @ moments @ before, inverse @ gram @ inverse.mT
+        site.transform.P.copy_(balanced_blocks(moments, gram))
+
     def _transform(
         self, width: int, format: BlockFormat, data: BlockData, *, g: int = 0, init: Init | None = None
     ) -> Transform | None:
-        block, init = g or format.block_of(width), init or self.init
+        block = g or format.block_of(width)
+        init = init or ("hadamard" if self.init == "balanced" else self.init)
         if self.transform == "none":
             return None
         if self.transform == "hadamard":
