@@ -46,7 +46,7 @@ def quantize(model: str | Path, *, out: str | Path, **fields: Any) -> Path:
 
 def check(recipe: Recipe) -> Checkpoint:
     """The model of ``recipe``; raises ValueError for whatever is wrong with the request, before anything is computed."""
-    preparers, _ = recipe.methods()
+    preparers, solver = recipe.methods()
     scheme = recipe.parsed_scheme()
     calibration_data.check_source(recipe.calibration)
     if scheme.weight is None:
@@ -62,7 +62,7 @@ def check(recipe: Recipe) -> Checkpoint:
                 f"method {preparer.name!r} cannot act on family {family.name!r}: none of its sites is {missing[0]} "
                 "(microbat.models.base.Site). Choose another method, or say so in the family's file if one is."
             )
-    preflight(checkpoint, scheme)
+    preflight(checkpoint, scheme, (*preparers, solver))
     return checkpoint
 
 

@@ -10,7 +10,7 @@ only one block is in memory. A block that the keeper already has is not calibrat
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -22,7 +22,7 @@ from microbat.calibrate.stats import Hessian
 from microbat.formats.block import QTensor
 from microbat.kv import KVQuantizer
 from microbat.linear import QuantBlock, QuantLinear, QuantSite, SiteInput, install
-from microbat.methods.base import Plan, Preparer, Quant, SitePlan, Solver, Statistics
+from microbat.methods.base import Method, Plan, Preparer, Quant, SitePlan, Solver, Statistics
 from microbat.models.base import Checkpoint, linear_layers
 from microbat.quantizers.clip import Clip
 from microbat.scheme import Scheme
@@ -125,8 +125,8 @@ class _Runner:
         return torch.cat([self.step(block, rows) for rows in x_SLK.split(self.job.batch)])
 
 
-def preflight(checkpoint: Checkpoint, scheme: Scheme) -> None:
-    """Raise before any work where a layer does not fit the scheme, naming the layer."""
+def preflight(checkpoint: Checkpoint, scheme: Scheme, methods: Iterable[Method] = ()) -> None:
+    """Raise before any work where a layer does not fit the scheme or one of ``methods``, naming the layer."""
     family, lanes = checkpoint.family, checkpoint.head_dim
     if scheme.cache and scheme.cache.format.block and lanes % scheme.cache.format.block:
         raise ValueError(
@@ -148,6 +148,11 @@ def preflight(checkpoint: Checkpoint, scheme: Scheme) -> None:
                         f"of {size} (scheme {scheme.text}). Leave it in float with --ignore '{name}' (or "
                         f"--ignore 're:{path}$' for all of its kind), or choose a format whose block divides it."
                     )
+            for method in () if scheme.ignores(name) else methods:
+                try:
+                    method.check_width(linear.in_features, scheme)
+                except ValueError as error:
+                    raise ValueError(f"layer {name!r}: {error}") from error
 
 
 def calibrate(job: Job, keeper: Keeper, observe: Observer, progress: Progress) -> Iterator[Record]:
@@ -268,8 +273,8 @@ def _solve(
             statistics = None
             if "hessian" in job.solver.needs:
                 statistics = Statistics(hessian=_hessian(data, inputs[plan.site.name], next(iter(plan.weights))))
-            for path, quantizer in plan.weights.items():
-                solution = job.solver.solve(targets[path], quantizer, statistics)
+            own = {path: targets[path] for path in plan.weights}
+            for path, solution in job.solver.solve_site(own, plan.weights, statistics).items():
                 codes[path], notes[path] = solution.weight, dict(solution.notes)
                 block.get_submodule(path).weight = solution.weight.dequantize()
                 notes[path]["weight_error"] = _ratio(codes[path].dequantize() - targets[path], targets[path])

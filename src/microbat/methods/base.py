@@ -137,6 +137,12 @@ class Method(ABC):
         """Whether the seed decides more than the calibration text: what trains or starts at random differs by seed."""
         return False
 
+    def check(self, scheme: Scheme) -> None:  # noqa: B027
+        """Raise ValueError, with what to do instead, where the method has no meaning for ``scheme``; asked before any work."""
+
+    def check_width(self, width: int, scheme: Scheme) -> None:  # noqa: B027
+        """Raise ValueError where it has none for a layer of ``width`` inputs; asked for each layer, before any work."""
+
 
 class Preparer(Method):
     """Decides where and how to transform and clip; leaves the float function of the block as it was.
@@ -185,3 +191,9 @@ class Solver(Method):
     @abstractmethod
     def solve(self, weight: Tensor, quantizer: Quant, statistics: Statistics | None) -> Solution:
         """Codes of ``weight`` [N, K], which is in the basis that the site's transform leaves it in."""
+
+    def solve_site(
+        self, weights: dict[str, Tensor], quantizers: dict[str, Quant], statistics: Statistics | None
+    ) -> dict[str, Solution]:
+        """Codes of all the weights that read one activation, by path; for solvers that decide something for them together."""
+        return {path: self.solve(weight, quantizers[path], statistics) for path, weight in weights.items()}

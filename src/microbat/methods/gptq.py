@@ -15,6 +15,7 @@ launch (``kernels.gptq``).
 
 # Shapes: N out, K in, B block size.
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from microbat import kernels
 from microbat.formats.block import QTensor
 from microbat.methods.base import Quant, Solution, Solver, Statistics
-from microbat.quantizers.base import AbsMax
+from microbat.quantizers.base import AbsMax, Scales
 from microbat.quantizers.clip import Clip
 from microbat.quantizers.kernel import round_blocks
 
@@ -46,6 +47,12 @@ class GPTQ(Solver):
 
     def solve(self, weight: Tensor, quantizer: Quant, statistics: Statistics | None) -> Solution:
         """``weight`` [N, K] and H [K, K]. A column whose input is always zero is stored as zero."""
+        return self.solve_under(None, weight, quantizer, statistics)
+
+    def solve_under(
+        self, chosen: "Chosen | None", weight: Tensor, quantizer: Quant, statistics: Statistics | None
+    ) -> Solution:
+        """:meth:`solve` under scales that somebody else chooses; None: by the quantizer's rule."""
         if statistics is None:
             raise ValueError("gptq needs the Hessian of the layer's input")
         inner = quantizer.inner if isinstance(quantizer, Clip) else quantizer
@@ -53,8 +60,21 @@ class GPTQ(Solver):
         hessian = statistics.hessian.to(torch.float64)
         dead = hessian.diagonal() == 0
         factor, damping = inverse_cholesky(hessian, self.damping, dead)
-        codes = _round_columns(weight.masked_fill(dead, 0.0), factor.to(torch.float32), inner)
+        codes = _round_columns(weight.masked_fill(dead, 0.0), factor.to(torch.float32), inner, chosen)
         return Solution(weight=codes, notes={"damping": damping, "dead_columns": float(dead.sum())})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """Scales that are not the quantizer's: of the tensor, ``outer`` [] or None, and of a block of columns when its turn comes.
+
+    ``block(start, columns, cost)`` gives [N] for the block from column ``start`` on: ``columns`` [N, B] are its weights as
+    updated so far, ``cost`` [B] = 1 / U_jj^2 what a squared error in each adds to the layer's, the columns after it making up
+    for what they can.
+    """
+
+    outer: Tensor | None
+    block: Callable[[int, Tensor, Tensor], Tensor]
 
 
 def inverse_cholesky(hessian: Tensor, damping: float, dead: Tensor) -> tuple[Tensor, float]:
@@ -76,7 +96,7 @@ def inverse_cholesky(hessian: Tensor, damping: float, dead: Tensor) -> tuple[Ten
     raise ValueError(f"the Hessian stays singular with damping raised to {tried:g} of its mean diagonal")
 
 
-def _round_columns(weight: Tensor, factor: Tensor, quantizer: AbsMax) -> QTensor:
+def _round_columns(weight: Tensor, factor: Tensor, quantizer: AbsMax, chosen: Chosen | None = None) -> QTensor:
     """The column loop; scales of a block are taken when its turn comes, from the weights as updated by then.
 
     Columns are laid out one after the other, [K, N], so that each step reads and writes a run of memory.
@@ -85,18 +105,23 @@ def _round_columns(weight: Tensor, factor: Tensor, quantizer: AbsMax) -> QTensor
     block = quantizer.format.block_of(columns)
     # A scale of the whole tensor, or of a whole row, is fixed before the loop; block scales are replaced in turn.
     scales = quantizer.scales(weight)
-    if kernels.runs_on(weight.device.type):
+    if chosen is None and kernels.runs_on(weight.device.type):
         from microbat.kernels.gptq import round_columns
 
         fixed = {"outer": scales.tensor, "row_scale": scales.block if quantizer.format.block is None else None}
         return round_columns(weight, factor, format=quantizer.format, rule=quantizer.rule, **fixed)
+    outer = scales.tensor if chosen is None else chosen.outer
     work_KN = weight.T.contiguous()
     block_scales, values_KN = [], torch.empty_like(work_KN)
     lazy = block if block < columns else LAZY_COLUMNS
     for start in range(0, columns, lazy):
         stop = min(start + lazy, columns)
-        if block < columns:
-            scale = quantizer.scales_within(work_KN[start:stop].T, scales.tensor)
+        if chosen is not None:
+            cost = factor.diagonal()[start:stop].square().reciprocal()
+            scale = Scales(block=chosen.block(start, work_KN[start:stop].T, cost)[:, None], tensor=outer)
+            block_scales.append(scale.block)
+        elif block < columns:
+            scale = quantizer.scales_within(work_KN[start:stop].T, outer)
             block_scales.append(scale.block)
         else:
             scale = scales
@@ -109,4 +134,4 @@ def _round_columns(weight: Tensor, factor: Tensor, quantizer: AbsMax) -> QTensor
         work_KN[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     block_scale = torch.cat(block_scales, dim=1) if block_scales else scales.block
     codes = element.encode(values_KN.T.contiguous())
-    return QTensor(format=quantizer.format, codes=codes, scales=block_scale, tensor_scale=scales.tensor)
+    return QTensor(format=quantizer.format, codes=codes, scales=block_scale, tensor_scale=outer)
