@@ -130,7 +130,12 @@ class SOAR(Solver):
         parts = zip(quantizers, q.codes.split(sizes), q.scales.split(sizes), strict=True)
         return {
             path: Solution(
-                weight=QTensor(format=q.format, codes=codes, scales=scales, tensor_scale=q.tensor_scale),
+                weight=QTensor(
+                    format=q.format,
+                    codes=codes,
+                    scales=scales,
+                    tensor_scale=None if q.tensor_scale is None else q.tensor_scale.clone(),
+                ),
                 notes=dict(together.notes),
             )
             for path, codes, scales in parts
