@@ -91,7 +91,12 @@ def _bench(folder: str | Path, device: torch.device, tokens: int, prompt: int, r
             online=sum(tensor.nbytes for site in sites for tensor in site.state_dict().values()),
         ),
         bf16=Side(
-            speed=tokens / times["bf16"], weights=sum(2 * layer.in_features * layer.out_features for layer in layers)
+            speed=tokens / times["bf16"],
+            weights=sum(
+                2 * bf16.get_submodule(name).weight.numel()
+                for name, layer in packed.named_modules()
+                if isinstance(layer, PackedLinear)
+            ),
         ),
         setting=f"{tokens} tokens after {prompt}, best of {rounds}; {place}, backend {backends}; {versions}",
     )

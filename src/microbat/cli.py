@@ -457,7 +457,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
         table.add_row(
             layer["name"],
             "x".join(map(str, layer["shape"])),
-            layer["format"],
+            layer["format"] + (f" + {extra} channels" if (extra := layer.get("residual_channels")) else ""),
             f"{layer['bits']:.2f}",
             described(formats()[layer["format"]], activations, device),
             layer["transform"] or "none",

@@ -27,6 +27,7 @@ from microbat.linear import QuantBlock
 from microbat.methods.base import ModelData, Preparer, Quant
 from microbat.models.base import Checkpoint, resolve
 from microbat.models.rotation import RotatedCheckpoint, Rotation
+from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.recipe import Recipe, describe, to_json
 from microbat.report.activations import activation_record
@@ -324,7 +325,7 @@ def _precision(name: str, device: torch.device) -> Precision:
 
 def _picture(layer: str, before: Tensor, after: Tensor, quantizer: Quant) -> dict[str, Any]:
     """What the report shows of one activation, before and after its transform."""
-    inner = quantizer.inner if isinstance(quantizer, Clip) else quantizer
+    inner = quantizer if isinstance(quantizer, AbsMax) else quantizer.inner
     clipped = quantizer.clip(after) if isinstance(quantizer, Clip) else after
     return activation_record(
         layer,

@@ -25,6 +25,7 @@ from microbat.linear import QuantBlock, QuantLinear, QuantSite, SiteInput, insta
 from microbat.methods.base import Method, Plan, Preparer, Quant, SitePlan, Solver, Statistics
 from microbat.models.base import Checkpoint, linear_layers
 from microbat.quantizers.clip import Clip
+from microbat.quantizers.residual import Residual, effective, facing
 from microbat.scheme import Scheme
 
 Precision = Literal["float32", "bfloat16"]
@@ -87,13 +88,15 @@ class _Data:
     def absmax(self, path: str) -> Tensor:
         linear = self.block.get_submodule(path)
         largest = torch.zeros(linear.in_features, device=linear.weight.device)
-
-        def see(inputs: tuple, output: Tensor) -> None:
-            torch.maximum(largest, inputs[0].flatten(0, -2).abs().amax(0).float(), out=largest)
-
-        with _watch(linear, see):
-            self._runner.run(self.block, self.float_inputs)
+        self.watch({path: lambda x: torch.maximum(largest, x.flatten(0, -2).abs().amax(0), out=largest)})
         return largest
+
+    def watch(self, seen: dict[str, Callable[[Tensor], Any]]) -> None:
+        with contextlib.ExitStack() as stack:
+            for path, see in seen.items():
+                keep = lambda inputs, output, see=see: see(inputs[0].to(torch.float32))  # noqa: E731
+                stack.enter_context(_watch(self.block.get_submodule(path), keep))
+            self._runner.run(self.block, self.float_inputs)
 
     def faked(self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False) -> Callable[[Tensor], Tensor]:
         for site in plan.sites:
@@ -267,7 +270,8 @@ def _solve(
         inputs[plan.site.name] = site
         for path in plan.weights:
             targets[path] = transformed(weights[path].to(torch.float64), plan.transform).to(torch.float32)
-            block.set_submodule(path, QuantLinear(site, targets[path], originals[path].bias))
+            linear = QuantLinear(site, facing(plan.activation, targets[path]), originals[path].bias)
+            block.set_submodule(path, linear)
     try:
         for plan in plans:
             statistics = None
@@ -275,9 +279,10 @@ def _solve(
                 statistics = Statistics(hessian=_hessian(data, inputs[plan.site.name], next(iter(plan.weights))))
             own = {path: targets[path] for path in plan.weights}
             for path, solution in job.solver.solve_site(own, plan.weights, statistics).items():
-                codes[path], notes[path] = solution.weight, dict(solution.notes)
-                block.get_submodule(path).weight = solution.weight.dequantize()
-                notes[path]["weight_error"] = _ratio(codes[path].dequantize() - targets[path], targets[path])
+                rounded, notes[path] = solution.weight.dequantize(), dict(solution.notes)
+                codes[path] = facing(plan.activation, solution.weight)
+                block.get_submodule(path).weight = facing(plan.activation, rounded)
+                notes[path]["weight_error"] = _ratio(rounded - targets[path], targets[path])
     finally:
         for path, module in originals.items():
             block.set_submodule(path, module)
@@ -290,10 +295,11 @@ class _Seen(Exception):
 
 def _hessian(data: _Data, site: SiteInput, path: str) -> Tensor:
     """X^T X / T of a site's quantized activation over the quantized stream; the block runs as far as the site."""
-    hessian = Hessian(data.block.get_submodule(path).weight.shape[1], data.inputs.device)
+    residual = site.quantizer.channels if isinstance(site.quantizer, Residual) else 0
+    hessian = Hessian(data.block.get_submodule(path).weight.shape[1] - residual, data.inputs.device)
 
     def see(inputs: tuple, output: Tensor) -> None:
-        hessian.add(output)
+        hessian.add(effective(site.quantizer, output))
         raise _Seen
 
     with _watch(site, see):
@@ -331,17 +337,19 @@ def _measure(
         for path in plan.weights:
             exact = x @ weights[path].T
             error = _ratio(rounded @ codes[path].dequantize().T - exact, exact)
-            format = codes[path].format
+            format, shape = codes[path].format, weights[path].shape
             transform = plan.transform
+            stored = format.bits_per_element(tuple(codes[path].shape)) * codes[path].codes.numel()
             layers.append(
                 {
                     "name": f"{name}.{path}",
                     "block": data.index,
                     "site": plan.site.name,
                     "kind": path.rsplit(".", 1)[-1],
-                    "shape": list(codes[path].shape),
+                    "shape": list(shape),
                     "format": format.name,
-                    "bits": format.bits_per_element(tuple(codes[path].shape)),
+                    "bits": stored / shape.numel(),
+                    "residual_channels": codes[path].shape[-1] - shape[-1],
                     "transform": None if transform is None else transform.name,
                     "transform_params": 0 if transform is None else transform.num_parameters,
                     "output_error": error,

@@ -39,6 +39,7 @@ from microbat.linear import QuantBlock, QuantSite
 from microbat.models.base import Checkpoint
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
+from microbat.quantizers.residual import Residual
 from microbat.registry import instances, pick, subclasses
 from microbat.transforms.base import Transform
 
@@ -110,7 +111,9 @@ def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tens
     _write_shard(path, tensors, description)
 
 
-def _describe(quantizer: AbsMax | Clip) -> dict[str, Any]:
+def _describe(quantizer: AbsMax | Clip | Residual) -> dict[str, Any]:
+    if isinstance(quantizer, Residual):
+        return {**_describe(quantizer.inner), "residual_channels": quantizer.channels}
     if isinstance(quantizer, Clip):
         return {**_describe(quantizer.inner), **({"clips_whole": True} if quantizer.whole else {})}
     return {"format": quantizer.format.name, "scale_rule": quantizer.rule}
@@ -186,8 +189,12 @@ def _read_transform(entry: dict[str, Any], own: dict[str, Tensor]) -> Transform:
     return transform.requires_grad_(False)
 
 
-def _read_quantizer(entry: dict[str, Any], clip: Tensor | None, formats: dict[str, BlockFormat]) -> AbsMax | Clip:
+def _read_quantizer(
+    entry: dict[str, Any], clip: Tensor | None, formats: dict[str, BlockFormat]
+) -> AbsMax | Clip | Residual:
     quantizer = AbsMax(format=pick("format", entry["format"], formats), rule=entry["scale_rule"])
+    if "residual_channels" in entry:
+        return Residual(inner=quantizer, channels=entry["residual_channels"])
     return quantizer if clip is None else Clip(quantizer, clip, whole=entry.get("clips_whole", False))
 
 
@@ -293,11 +300,11 @@ def check_fit(block: nn.Module, stored: StoredBlock, shard: Path) -> None:
 
     ``block`` is the float block of the skeleton; what it lacks or has too much is left to whoever fills it.
     """
-    for path, weight in stored.quantized.weights.items():
-        linear = block.get_submodule(path)
+    for path in stored.quantized.weights:
+        linear, shape = block.get_submodule(path), stored.quantized.shape(path)
         wanted = (linear.out_features, linear.in_features)
-        if tuple(weight.shape) != wanted:
-            raise ValueError(f"shard {shard}: {path} is {tuple(weight.shape)}; config.json makes it {wanted}")
+        if shape != wanted:
+            raise ValueError(f"shard {shard}: {path} is {shape}; config.json makes it {wanted}")
     parameters = dict(block.named_parameters())
     for name, tensor in stored.floats.items():
         if name in parameters and tensor.shape != parameters[name].shape:

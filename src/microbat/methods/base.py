@@ -9,7 +9,7 @@ new :class:`Preparer` or :class:`Solver` is found because it is there.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from microbat.models.base import Checkpoint, Site
 from microbat.models.rotation import Rotation
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
+from microbat.quantizers.residual import Residual
 from microbat.scheme import Scheme
 from microbat.transforms.base import BlockDiagonal, Transform
 
@@ -33,7 +34,7 @@ class SitePlan:
 
     site: Site
     transform: Transform | None
-    activation: Quant | None
+    activation: Quant | Residual | None
     weights: dict[str, Quant]
     scale: nn.Parameter | None = None
 
@@ -105,6 +106,10 @@ class BlockData(Protocol):
 
     def absmax(self, path: str) -> Tensor:
         """The largest magnitude of each input channel [K] of the linear layer at ``path``, over the float stream."""
+
+    def watch(self, seen: dict[str, Callable[[Tensor], Any]]) -> None:
+        """Run the float block over the float stream once; each function gets the inputs [S, L, K] of the linear layer at its
+        path, batch by batch."""
 
     def faked(self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False) -> Callable[[Tensor], Tensor]:
         """The block as a differentiable function that quantizes by ``plan``, with ``weights`` in its linear layers.

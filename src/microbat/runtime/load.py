@@ -21,6 +21,7 @@ from microbat.export.folder import (
 from microbat.kv import KVQuantizer
 from microbat.linear import Linear, QuantLinear, dequantized, install
 from microbat.models.base import Checkpoint
+from microbat.quantizers.residual import Residual
 from microbat.runtime.packed import Head, PackedLinear
 
 
@@ -62,8 +63,10 @@ def load_plain(folder: str | Path, *, dtype: torch.dtype, device: str | torch.de
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             linear = nn.Linear(1, 1, device="meta")
-            linear.weight, linear.bias = nn.Parameter(module.weight, requires_grad=False), module.bias
-            linear.out_features, linear.in_features = module.weight.shape
+            quantizer, weight = module.site.quantizer, module.weight
+            weight = quantizer.original(weight) if isinstance(quantizer, Residual) else weight
+            linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), module.bias
+            linear.out_features, linear.in_features = weight.shape
             model.set_submodule(name, linear)
         elif isinstance(getattr(module, "kv", None), KVQuantizer):
             module.kv = None
