@@ -15,11 +15,16 @@ from torch import Tensor, nn
 
 from microbat import kernels, native
 from microbat.formats.block import QTensor
+from microbat.formats.composite import Composite
 from microbat.kv import KVQuantizer
 from microbat.quantizers.base import AbsMax, Packed
 from microbat.quantizers.clip import Clip
+from microbat.quantizers.mixed import Mixed
 from microbat.quantizers.residual import Residual
 from microbat.transforms.base import BlockDiagonal, Transform
+
+Activation = AbsMax | Clip | Residual | Mixed
+Weight = QTensor | Composite
 
 
 class _Shared:
@@ -41,7 +46,7 @@ class SiteInput(nn.Module):
     def __init__(
         self,
         transform: Transform | None = None,
-        quantizer: AbsMax | Clip | Residual | None = None,
+        quantizer: Activation | None = None,
         *,
         num_consumers: int = 1,
     ):
@@ -135,8 +140,8 @@ class _OnePass:
     triton: bool
 
     @classmethod
-    def of(cls, transform: Transform | None, quantizer: AbsMax | Clip | Residual | None) -> "_OnePass":
-        if isinstance(quantizer, Residual) or quantizer is None:
+    def of(cls, transform: Transform | None, quantizer: Activation | None) -> "_OnePass":
+        if not isinstance(quantizer, AbsMax | Clip):
             return cls(native=False, triton=False)
         if isinstance(quantizer, Clip) and (quantizer.whole or quantizer.logits is not None):
             return cls(native=False, triton=False)
@@ -173,7 +178,7 @@ class QuantSite:
     name: str
     consumers: tuple[str, ...]
     transform: Transform | None
-    quantizer: AbsMax | Clip | Residual | None
+    quantizer: Activation | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +187,7 @@ class QuantBlock:
     quantizes the cache of the module at ``attention`` (None: 16 bits)."""
 
     sites: tuple[QuantSite, ...]
-    weights: dict[str, QTensor]
+    weights: dict[str, Weight]
     kv: KVQuantizer | None = None
     attention: str = "self_attn"
 
@@ -193,11 +198,11 @@ class QuantBlock:
         return rows, columns - sum(q.channels for q in quantizers if isinstance(q, Residual))
 
 
-Linear = Callable[[SiteInput, QTensor, Tensor | None], nn.Module]
+Linear = Callable[[SiteInput, Weight, Tensor | None], nn.Module]
 
 
 def dequantized(
-    site: SiteInput, weight: QTensor, bias: Tensor | None, *, dtype: torch.dtype = torch.float32
+    site: SiteInput, weight: Weight, bias: Tensor | None, *, dtype: torch.dtype = torch.float32
 ) -> QuantLinear:
     """The layer that calibration runs: its weight as floats."""
     return QuantLinear(site, weight.dequantize().to(dtype), bias)

@@ -85,6 +85,12 @@ class Recipe:
             raise ValueError(f"{self.method!r} needs a method that trains: --method batquant --solver {self.method}")
         for method in built:
             method.check(self.parsed_scheme())
+        for preparer in preparers:
+            if preparer.solvers and solver.name not in preparer.solvers:
+                raise ValueError(
+                    f"solver {solver.name!r} does not know the weights of {preparer.name!r}; it goes with "
+                    f"{' and '.join(preparer.solvers)}"
+                )
         return preparers, solver
 
 

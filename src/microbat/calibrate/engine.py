@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from microbat.calibrate.fake import faked, transformed
 from microbat.calibrate.stats import Hessian
 from microbat.formats.block import QTensor
+from microbat.formats.composite import Composite, format_name
 from microbat.kv import KVQuantizer
 from microbat.linear import QuantBlock, QuantLinear, QuantSite, SiteInput, install
 from microbat.methods.base import Method, Plan, Preparer, Quant, SitePlan, Solver, Statistics
 from microbat.models.base import Checkpoint, linear_layers
 from microbat.quantizers.clip import Clip
+from microbat.quantizers.mixed import Mixed
 from microbat.quantizers.residual import Residual, effective, facing
 from microbat.scheme import Scheme
 
@@ -258,7 +260,7 @@ def _freeze(site: SitePlan) -> SitePlan:
 @torch.no_grad()
 def _solve(
     job: Job, data: _Data, plans: list[SitePlan], weights: dict[str, Tensor]
-) -> tuple[dict[str, QTensor], dict[str, dict[str, float]]]:
+) -> tuple[dict[str, QTensor | Composite], dict[str, dict[str, float]]]:
     """Codes of every linear layer, in the order of the data flow: later sites see earlier ones quantized."""
     codes, notes = {}, {}
     block = data.block
@@ -337,9 +339,7 @@ def _measure(
         for path in plan.weights:
             exact = x @ weights[path].T
             error = _ratio(rounded @ codes[path].dequantize().T - exact, exact)
-            format, shape = codes[path].format, weights[path].shape
-            transform = plan.transform
-            stored = format.bits_per_element(tuple(codes[path].shape)) * codes[path].codes.numel()
+            q, shape, transform = codes[path], weights[path].shape, plan.transform
             layers.append(
                 {
                     "name": f"{name}.{path}",
@@ -347,16 +347,16 @@ def _measure(
                     "site": plan.site.name,
                     "kind": path.rsplit(".", 1)[-1],
                     "shape": list(shape),
-                    "format": format.name,
-                    "bits": stored / shape.numel(),
-                    "residual_channels": codes[path].shape[-1] - shape[-1],
+                    "format": format_name(q),
+                    "bits": 8 * q.nbytes / shape.numel(),
+                    "residual_channels": q.shape[-1] - shape[-1],
                     "transform": None if transform is None else transform.name,
                     "transform_params": 0 if transform is None else transform.num_parameters,
                     "output_error": error,
                     **notes[path],
                 }
             )
-            if plan.activation is not None:
+            if plan.activation is not None and not isinstance(plan.activation, Mixed):
                 viewed[f"{name}.{path}"] = plan, plan.activation
     errors = {layer["name"]: layer["output_error"] for layer in layers}
     wanted = [max(viewed, key=errors.__getitem__)] if viewed else []

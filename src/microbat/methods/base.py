@@ -15,16 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from microbat.formats.block import QTensor
+from microbat.formats.composite import Composite
 from microbat.kv import KVQuantizer
 from microbat.models.base import Checkpoint, Site
 from microbat.models.rotation import Rotation
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
+from microbat.quantizers.mixed import Mixed
 from microbat.quantizers.residual import Residual
 from microbat.scheme import Scheme
 from microbat.transforms.base import BlockDiagonal, Transform
 
-Quant = AbsMax | Clip
+Quant = AbsMax | Clip | Mixed
 
 
 @dataclass(kw_only=True)
@@ -153,10 +155,11 @@ class Preparer(Method):
     """Decides where and how to transform and clip; leaves the float function of the block as it was.
 
     ``default_solver`` is the last step that suits it best; ``needs`` the kinds of site (``normed``, ``headed``) that a family
-    must have for it.
+    must have for it; ``solvers`` the last steps that know what its quantizers make, empty for all.
     """
 
     default_solver: ClassVar[str] = "gptq"
+    solvers: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
 
     def rotation(self, model: ModelData) -> Rotation | None:
@@ -181,7 +184,7 @@ class Statistics:
 class Solution:
     """Codes of one weight, and what the solver has to say about how it got them."""
 
-    weight: QTensor
+    weight: QTensor | Composite
     notes: dict[str, float] = field(default_factory=dict)
 
 

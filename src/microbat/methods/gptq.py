@@ -24,10 +24,12 @@ from torch import Tensor
 
 from microbat import kernels
 from microbat.formats.block import QTensor
+from microbat.formats.composite import Composite
 from microbat.methods.base import Quant, Solution, Solver, Statistics
 from microbat.quantizers.base import AbsMax, Scales
 from microbat.quantizers.clip import Clip
 from microbat.quantizers.kernel import round_blocks
+from microbat.quantizers.mixed import Mixed
 
 DAMPING_TRIES = 6
 LAZY_COLUMNS = 32  # columns rounded before the rest is updated, where the format has no blocks of its own
@@ -60,8 +62,13 @@ class GPTQ(Solver):
         hessian = statistics.hessian.to(torch.float64)
         dead = hessian.diagonal() == 0
         factor, damping = inverse_cholesky(hessian, self.damping, dead)
-        codes = _round_columns(weight.masked_fill(dead, 0.0), factor.to(torch.float32), inner, chosen)
-        return Solution(weight=codes, notes={"damping": damping, "dead_columns": float(dead.sum())})
+        weight, factor = weight.masked_fill(dead, 0.0), factor.to(torch.float32)
+        rounded: QTensor | Composite
+        if isinstance(inner, Mixed):
+            rounded = _round_groups(weight, factor, inner)
+        else:
+            rounded = _round_columns(weight, factor, inner, chosen)
+        return Solution(weight=rounded, notes={"damping": damping, "dead_columns": float(dead.sum())})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +101,21 @@ def inverse_cholesky(hessian: Tensor, damping: float, dead: Tensor) -> tuple[Ten
         if not failed:
             return upper, tried
     raise ValueError(f"the Hessian stays singular with damping raised to {tried:g} of its mean diagonal")
+
+
+def _round_groups(weight: Tensor, factor: Tensor, quantizer: Mixed) -> Composite:
+    """Groups of columns in formats of their own, from first to last: what one leaves flows to all after it."""
+    parts, start = [], 0
+    for inner, group in quantizer.split(weight):
+        stop = start + group.shape[1]
+        own = factor[start:stop, start:stop]
+        parts.append(_round_columns(weight[:, start:stop], own, inner))
+        # The errors e of (1) solve e U = w - q within the group; (2) carries them on.
+        left = weight[:, start:stop] - parts[-1].dequantize()
+        errors = torch.linalg.solve_triangular(own, left, upper=True, left=False)
+        weight = torch.cat([weight[:, :stop], weight[:, stop:] - errors @ factor[start:stop, stop:]], dim=1)
+        start = stop
+    return Composite(parts=tuple(parts))
 
 
 def _round_columns(weight: Tensor, factor: Tensor, quantizer: AbsMax, chosen: Chosen | None = None) -> QTensor:

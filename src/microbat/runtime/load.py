@@ -1,4 +1,4 @@
-"""From a folder to a model: a transformers model whose linear layers are :class:`microbat.runtime.packed.PackedLinear`."""
+"""From a folder to a model: a transformers model whose linear layers run from their bits (:mod:`microbat.runtime.packed`)."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -22,7 +22,8 @@ from microbat.kv import KVQuantizer
 from microbat.linear import Linear, QuantLinear, dequantized, install
 from microbat.models.base import Checkpoint
 from microbat.quantizers.residual import Residual
-from microbat.runtime.packed import Head, PackedLinear
+from microbat.runtime.composite import packed_linear
+from microbat.runtime.packed import Head
 
 
 def load(
@@ -41,7 +42,7 @@ def load(
     Raises ValueError for a folder that is not ours, not finished, or damaged, and for an unknown or unfit backend.
     """
     checkpoint, blocks = _read(Path(folder))
-    linear = partial(PackedLinear, dtype=dtype, device=device, backend=backend)
+    linear = partial(packed_linear, dtype=dtype, device=device, backend=backend)
     model = assemble(checkpoint, blocks, linear, dtype=dtype, device=device)
     head = checkpoint.family.head
     model.set_submodule(head, Head(model.get_submodule(head)))

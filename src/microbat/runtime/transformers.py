@@ -30,7 +30,7 @@ from microbat.export.folder import (
 from microbat.linear import install
 from microbat.models.attention import attention_function
 from microbat.models.base import family_of
-from microbat.runtime.packed import PackedLinear
+from microbat.runtime.composite import packed_linear
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -76,7 +76,7 @@ class MicrobatQuantizer(HfQuantizer):
             stored = read_block(shard)
             check_fit(block, stored, shard)
             place = next(block.parameters())
-            install(block, stored.quantized, partial(PackedLinear, dtype=place.dtype))
+            install(block, stored.quantized, partial(packed_linear, dtype=place.dtype))
             block.to(place.device)
         return model.requires_grad_(False)
 
