@@ -83,14 +83,14 @@ class Residual(Quantizer):
         """[..., K + S] of :meth:`fake` to [..., K]: each channel with its residual added."""
         blocks = split_blocks(wide, self._block)
         groups = blocks.shape[-2] - self.channels // self._block
-        order = self._slots(groups)[1].to(wide.device)
+        order = self._slots(groups, wide.device)[1]
         total = blocks.new_zeros(*blocks.shape[:-2], groups, self._block)
         return total.index_add(-2, order, blocks).flatten(-2)
 
     def original(self, weight: Tensor) -> Tensor:
         """The inverse of :meth:`facing`: [N, K + S] to [N, K]."""
         blocks = split_blocks(weight, self._block)
-        order = self._slots(blocks.shape[-2] - self.channels // self._block)[0].to(weight.device)
+        order = self._slots(blocks.shape[-2] - self.channels // self._block, weight.device)[0]
         return blocks.index_select(-2, order.argsort()[: len(order) - self.channels // self._block]).flatten(-2)
 
     @property
@@ -108,19 +108,19 @@ class Residual(Quantizer):
         return split_blocks(lanes, self._block).index_select(-2, self._order(x)).flatten(-2)
 
     def _order(self, x: Tensor, *, sources: bool = False) -> Tensor:
-        return self._slots(x.shape[-1] // self._block)[int(sources)].to(x.device)
+        return self._slots(x.shape[-1] // self._block, x.device)[int(sources)]
 
-    def _slots(self, groups: int) -> tuple[Tensor, Tensor]:
-        return slots(groups, self.channels // self._block)
+    def _slots(self, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        return slots(groups, self.channels // self._block, device)
 
 
 @functools.cache
-def slots(groups: int, residual: int) -> tuple[Tensor, Tensor]:
+def slots(groups: int, residual: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each place: which block stands there, of ``groups`` and then ``residual`` ones; and which of ``groups`` that is of."""
     start = groups - residual
     pairs = torch.stack([torch.arange(start, groups), torch.arange(groups, groups + residual)], dim=-1).flatten()
     order = torch.cat([torch.arange(start), pairs])
-    return order, torch.where(order < groups, order, order - residual)
+    return order.to(device), torch.where(order < groups, order, order - residual).to(device)
 
 
 def facing(quantizer: object, weight: Weight) -> Weight:

@@ -107,4 +107,4 @@ def not_floats(blocks: str, layers: Iterable[str]) -> str:
     """A regular expression for the stored tensors that an engine's own loader leaves to microbat: the weights of
     ``layers``, given by their full names, and what belongs to no layer."""
     weights = "|".join(re.escape(layer) for layer in sorted(layers)) or "(?!)"
-    return rf"^(?:tokens|outputs|{re.escape(blocks)}\.\d+\.(?:sites|kv)\..*|(?:{weights})\.(?:{'|'.join(PACKED)}))$"
+    return rf"^(?:tokens|outputs|{re.escape(blocks)}\.\d+\.(?:sites|kv)\..*|(?:{weights})\.(?:\d+\.)?(?:{'|'.join(PACKED)}))$"

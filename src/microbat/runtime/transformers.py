@@ -67,7 +67,7 @@ class MicrobatQuantizer(HfQuantizer):
         for index, block in enumerate(model.get_submodule(self.blocks)):
             for path in quantized_layers(self.folder / block_shard(index)):
                 block.set_submodule(path, _Awaited(block.get_submodule(path)))
-                ours.append(re.escape(f"{self.blocks}.{index}.{path}.weight"))
+                ours.append(re.escape(f"{self.blocks}.{index}.{path}.") + r"(\d+\.)?weight")
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ours}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
