@@ -67,6 +67,7 @@ class ARCQuant(Preparer):
                 f"arcquant repeats a weight's block for each block of residuals: both must be as long, and {w.name} weights have "
                 f"{w.block or 'a row'}, {x.name} activations {x.block or 'a row'} (scheme {scheme.text}). Choose W4A4:nvfp4"
             )
+        Residual(inner=scheme.activation, channels=x.block)  # refuses blocks that have scales within
         if self.channels is not None and self.channels % x.block:
             raise ValueError(f"arcquant.channels={self.channels} is not a multiple of {x.name}'s block of {x.block}")
 

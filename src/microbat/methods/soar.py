@@ -109,7 +109,7 @@ class SOAR(Solver):
         def in_turn(start: int, columns: Tensor, cost: Tensor) -> Tensor:
             if self.rounding == "gptq-fixed":
                 return fit.block[start // inner.format.block_of(weight.shape[1])]
-            own = _Fit(columns, inner, inner.scales_within(columns, fit.outer), torch.diag(cost / cost.mean())[None])
+            own = _Fit(columns, inner, inner.scales_within(columns, fit.outer), (cost / cost.mean())[None])
             self._run(own, joint=False)
             return own.block[0]
 
@@ -152,7 +152,8 @@ class SOAR(Solver):
             if self.closed_form and joint:
                 fit.refit_tensor_scale()
             fit.choose(self._candidates(fit), betas)
-            if before - fit.loss <= self.tolerance * before:
+            fixed = self.search == "sweep" and not joint  # another round would look at the same
+            if fixed or before - fit.loss <= self.tolerance * before:
                 return number + 1
         return self.rounds
 
@@ -222,12 +223,20 @@ class _Fit:
         error = values * scale[..., None] - weight
         if metric is None:
             return error.square_().sum(-1)
-        flat = error.flatten(1, -2)
-        return (torch.bmm(flat, metric) * flat).sum(-1).view(error.shape[:-1]).clamp_(min=0)
+        return (_Fit.weighted(error, metric) * error).sum(-1).clamp_(min=0)
+
+    @staticmethod
+    def weighted(x: Tensor, metric: Tensor | None) -> Tensor:
+        """H_i x_i for x [G, ..., B]; ``metric`` [G, B, B], [G, B] where H_i is diagonal, None where it is I."""
+        if metric is None:
+            return x
+        if metric.dim() == 2:
+            return x * metric.view(len(metric), *(1,) * (x.dim() - 2), -1)
+        return torch.bmm(x.flatten(1, -2), metric).view(x.shape)
 
     def _inner(self) -> tuple[Tensor, Tensor]:
         """w^T H q and q^T H q of every block, [G, N]."""
-        mapped = self.values if self.metric is None else torch.bmm(self.values, self.metric)
+        mapped = self.weighted(self.values, self.metric)
         return (mapped * self.weight).sum(-1), (mapped * self.values).sum(-1)
 
     def refit_tensor_scale(self) -> None:

@@ -36,7 +36,11 @@ class Residual(Quantizer):
     channels: int
 
     def __post_init__(self) -> None:
-        block = self.inner.format.block
+        format, block = self.inner.format, self.inner.format.block
+        if sum(isinstance(level.group, int) for level in format.levels) > 1:
+            raise ValueError(
+                f"{format.name} has scales within its blocks; residual channels are for blocks of one scale"
+            )
         if block is None or self.channels < 1 or self.channels % block:
             raise ValueError(
                 f"residual channels={self.channels} must be a positive multiple of a block of {self.inner.format.name}"
