@@ -39,6 +39,8 @@ def shard_hashes(folder: Path) -> dict[str, str]:
         ("brq", "rtn"),
         ("smoothquant", "rtn"),
         ("flatquant", "gptq"),
+        ("soar", ""),
+        ("arcquant", "gptq"),
     ],
 )
 def test_reloaded_folder_computes_what_calibration_saw(tiny, text_file, tmp_path, family, method, solver, monkeypatch):

@@ -51,6 +51,13 @@ def run(*arguments, code=0):
     return result.output
 
 
+def test_activations_with_one_scale_a_call(tiny, text_file, tmp_path):
+    """Calibration computed them beside other sequences, under another scale: its outputs are no reference."""
+    options = {"calibration": str(text_file), **FAST}
+    out = microbat.quantize(tiny(), out=tmp_path / "q", method="rtn", scheme="W4A4:nvfp4", **options)
+    assert verify(out).divergence < 1e-6
+
+
 @pytest.mark.parametrize("method", ["gptq", "batquant"])
 @pytest.mark.parametrize("engine", ["microbat", "transformers"])
 def test_a_microbat_folder(made, method, engine):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from microbat.runtime.cache import new_cache
+from microbat.runtime.composite import CompositeLinear
 from microbat.runtime.load import load, load_plain
 from microbat.runtime.packed import PackedLinear
 
@@ -78,7 +79,8 @@ def _bench(folder: str | Path, device: torch.device, tokens: int, prompt: int, r
     sides = {"packed": lambda: _decode(packed, tokens, prompt), "bf16": lambda: _decode(bf16, tokens, prompt)}
     times = best_times(sides, rounds=rounds, device=device.type)
     layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
-    sites = {id(layer.site): layer.site for layer in layers}.values()
+    quantized = {name: m for name, m in packed.named_modules() if isinstance(m, PackedLinear | CompositeLinear)}
+    sites = {id(layer.site): layer.site for layer in quantized.values()}.values()
     backends = ", ".join(sorted({layer.backend for layer in layers}))
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if importlib.util.find_spec(name)
@@ -91,7 +93,8 @@ def _bench(folder: str | Path, device: torch.device, tokens: int, prompt: int, r
             online=sum(tensor.nbytes for site in sites for tensor in site.state_dict().values()),
         ),
         bf16=Side(
-            speed=tokens / times["bf16"], weights=sum(2 * layer.in_features * layer.out_features for layer in layers)
+            speed=tokens / times["bf16"],
+            weights=sum(2 * bf16.get_submodule(name).weight.numel() for name in quantized if ".groups." not in name),
         ),
         setting=f"{tokens} tokens after {prompt}, best of {rounds}; {place}, backend {backends}; {versions}",
     )

@@ -419,7 +419,6 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
     the backend that runs each layer on this machine."""
     from microbat.export.folder import read_contract
     from microbat.pipeline import pick_device
-    from microbat.runtime.packed import described
     from microbat.scheme import formats
 
     with _errors():
@@ -457,9 +456,9 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
         table.add_row(
             layer["name"],
             "x".join(map(str, layer["shape"])),
-            layer["format"],
+            layer["format"] + (f" + {extra} channels" if (extra := layer.get("residual_channels")) else ""),
             f"{layer['bits']:.2f}",
-            described(formats()[layer["format"]], activations, device),
+            _backends(layer["format"], activations, device),
             layer["transform"] or "none",
             str(layer["transform_params"]),
             f"{layer['weight_error']:.4f}",
@@ -470,6 +469,16 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
     console.print(
         f"{sum(parameters.values())} transform parameters in all; backends are those of this machine's {device.type}"
     )
+
+
+def _backends(names: str, activations: Any, device: Any) -> str:
+    """What runs a layer of one format, or of several side by side, each followed by its number of columns."""
+    from microbat.runtime.packed import described
+    from microbat.scheme import formats
+
+    mixed = [name.split(" x ")[0] for name in names.split(", ")]
+    met = activations if len(mixed) == 1 else None  # groups meet values
+    return ", ".join(dict.fromkeys(described(formats()[name], met, device) for name in mixed))
 
 
 @app.command("list")

@@ -15,10 +15,16 @@ from torch import Tensor, nn
 
 from microbat import kernels, native
 from microbat.formats.block import QTensor
+from microbat.formats.composite import Composite
 from microbat.kv import KVQuantizer
 from microbat.quantizers.base import AbsMax, Packed
 from microbat.quantizers.clip import Clip
+from microbat.quantizers.mixed import Mixed
+from microbat.quantizers.residual import Residual
 from microbat.transforms.base import BlockDiagonal, Transform
+
+Activation = AbsMax | Clip | Residual | Mixed
+Weight = QTensor | Composite
 
 
 class _Shared:
@@ -38,7 +44,11 @@ class SiteInput(nn.Module):
     """
 
     def __init__(
-        self, transform: Transform | None = None, quantizer: AbsMax | Clip | None = None, *, num_consumers: int = 1
+        self,
+        transform: Transform | None = None,
+        quantizer: Activation | None = None,
+        *,
+        num_consumers: int = 1,
     ):
         super().__init__()
         self.transform = transform
@@ -80,6 +90,8 @@ class SiteInput(nn.Module):
     def _pack(self, x: Tensor) -> Packed:
         blocks = self._blocks_on(x.device) if self._one_pass().triton else None
         x = x if blocks is not None else self._transformed(x)
+        if isinstance(self.quantizer, Residual):
+            return self.quantizer.pack(x)
         if isinstance(self.quantizer, Clip) and self.quantizer.whole:
             return self.quantizer.inner.pack(self.quantizer.clip(x))
         return _rounding(self.quantizer).pack(x, self._ratios(), blocks)
@@ -128,8 +140,10 @@ class _OnePass:
     triton: bool
 
     @classmethod
-    def of(cls, transform: Transform | None, quantizer: AbsMax | Clip | None) -> "_OnePass":
-        if quantizer is None or (isinstance(quantizer, Clip) and (quantizer.whole or quantizer.logits is not None)):
+    def of(cls, transform: Transform | None, quantizer: Activation | None) -> "_OnePass":
+        if not isinstance(quantizer, AbsMax | Clip):
+            return cls(native=False, triton=False)
+        if isinstance(quantizer, Clip) and (quantizer.whole or quantizer.logits is not None):
             return cls(native=False, triton=False)
         rounding = _rounding(quantizer)
         known = native.has_rule(rounding.rule)
@@ -145,7 +159,7 @@ class _OnePass:
 
 
 class QuantLinear(nn.Module):
-    """``y = site(x) @ weight.T + bias`` with ``weight`` [N, K] on the grid of its format."""
+    """``y = site(x) @ weight.T + bias`` with ``weight`` [N, K] on the grid of its format, K as wide as what the site gives."""
 
     def __init__(self, site: SiteInput, weight: Tensor, bias: Tensor | None):
         super().__init__()
@@ -164,7 +178,7 @@ class QuantSite:
     name: str
     consumers: tuple[str, ...]
     transform: Transform | None
-    quantizer: AbsMax | Clip | None
+    quantizer: Activation | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,16 +187,22 @@ class QuantBlock:
     quantizes the cache of the module at ``attention`` (None: 16 bits)."""
 
     sites: tuple[QuantSite, ...]
-    weights: dict[str, QTensor]
+    weights: dict[str, Weight]
     kv: KVQuantizer | None = None
     attention: str = "self_attn"
 
+    def shape(self, path: str) -> tuple[int, int]:
+        """[N, K] of the linear layer at ``path``: of its codes without the copies that meet residual channels."""
+        rows, columns = self.weights[path].shape
+        quantizers = (site.quantizer for site in self.sites if path in site.consumers)
+        return rows, columns - sum(q.channels for q in quantizers if isinstance(q, Residual))
 
-Linear = Callable[[SiteInput, QTensor, Tensor | None], nn.Module]
+
+Linear = Callable[[SiteInput, Weight, Tensor | None], nn.Module]
 
 
 def dequantized(
-    site: SiteInput, weight: QTensor, bias: Tensor | None, *, dtype: torch.dtype = torch.float32
+    site: SiteInput, weight: Weight, bias: Tensor | None, *, dtype: torch.dtype = torch.float32
 ) -> QuantLinear:
     """The layer that calibration runs: its weight as floats."""
     return QuantLinear(site, weight.dequantize().to(dtype), bias)

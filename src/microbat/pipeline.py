@@ -27,6 +27,7 @@ from microbat.linear import QuantBlock
 from microbat.methods.base import ModelData, Preparer, Quant
 from microbat.models.base import Checkpoint, resolve
 from microbat.models.rotation import RotatedCheckpoint, Rotation
+from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.recipe import Recipe, describe, to_json
 from microbat.report.activations import activation_record
@@ -46,7 +47,7 @@ def quantize(model: str | Path, *, out: str | Path, **fields: Any) -> Path:
 
 def check(recipe: Recipe) -> Checkpoint:
     """The model of ``recipe``; raises ValueError for whatever is wrong with the request, before anything is computed."""
-    preparers, _ = recipe.methods()
+    preparers, solver = recipe.methods()
     scheme = recipe.parsed_scheme()
     calibration_data.check_source(recipe.calibration)
     if scheme.weight is None:
@@ -62,7 +63,7 @@ def check(recipe: Recipe) -> Checkpoint:
                 f"method {preparer.name!r} cannot act on family {family.name!r}: none of its sites is {missing[0]} "
                 "(microbat.models.base.Site). Choose another method, or say so in the family's file if one is."
             )
-    preflight(checkpoint, scheme)
+    preflight(checkpoint, scheme, (*preparers, solver))
     return checkpoint
 
 
@@ -324,7 +325,7 @@ def _precision(name: str, device: torch.device) -> Precision:
 
 def _picture(layer: str, before: Tensor, after: Tensor, quantizer: Quant) -> dict[str, Any]:
     """What the report shows of one activation, before and after its transform."""
-    inner = quantizer.inner if isinstance(quantizer, Clip) else quantizer
+    inner = quantizer if isinstance(quantizer, AbsMax) else quantizer.inner
     clipped = quantizer.clip(after) if isinstance(quantizer, Clip) else after
     return activation_record(
         layer,

@@ -66,7 +66,8 @@ class Recipe:
         return Scheme.parse(self.scheme, scale_rule=rule, ignore=self.ignore)
 
     def methods(self) -> tuple[tuple[Preparer, ...], Solver]:
-        """The preparers and the solver with their hyper-parameters; unknown names and wrong types raise."""
+        """The preparers and the solver with their hyper-parameters; unknown names, wrong types, and a scheme that means
+        nothing to one of them raise."""
         known = methods()
         chosen = pick("method", self.method, known)
         if issubclass(chosen, Solver):
@@ -82,6 +83,14 @@ class Recipe:
         solver = next(m for m in built if isinstance(m, Solver))
         if solver.weight_lr is not None and not preparers:
             raise ValueError(f"{self.method!r} needs a method that trains: --method batquant --solver {self.method}")
+        for method in built:
+            method.check(self.parsed_scheme())
+        for preparer in preparers:
+            if preparer.solvers and solver.name not in preparer.solvers:
+                raise ValueError(
+                    f"solver {solver.name!r} does not know the weights of {preparer.name!r}; it goes with "
+                    f"{' and '.join(preparer.solvers)}"
+                )
         return preparers, solver
 
 

@@ -11,8 +11,10 @@
    by half a nat and more: that distance, measured on the spot, is the bound; twice that for an engine whose sums have an
    order of their own, since it and the reference are then two such models. It is loose where the second test is tight.
 
-The calibrated model is, for microbat's own runtime, what calibration itself computed (``proof.safetensors``); for other
-engines calibration's layers on the decoded codes, in the engine's own dtype and with the roundings that its products have.
+The calibrated model is, for microbat's own runtime, what calibration itself computed (``proof.safetensors``), where that
+does not depend on what was computed with it, as it does where activations share one scale of a whole call (NVFP4); for those
+and for other engines calibration's layers on the decoded codes, in the engine's own dtype and with the roundings that its
+products have.
 """
 
 # Shapes: L tokens, K width, N out, V vocabulary.
@@ -30,10 +32,11 @@ from microbat.engines.transformers import Transformers
 from microbat.evaluation.text import load_text
 from microbat.export import compressed_tensors, folder
 from microbat.export.targets import LAYOUT, TARGETS, format_reasons
+from microbat.formats.block import BlockFormat
 from microbat.linear import QuantLinear, SiteInput
 from microbat.models.base import Checkpoint, resolve
 from microbat.quantizers.base import AbsMax
-from microbat.registry import pick
+from microbat.registry import instances, pick
 from microbat.runtime.load import assemble, load_dequantized
 
 LAYER_BOUND = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # relative error of a layer's output
@@ -74,8 +77,7 @@ def verify(path: str | Path, *, engine: str = "") -> Verdict:
     """
     path = resolve(path)
     exported = compressed_tensors.is_exported(path)
-    if not exported:
-        folder.read_contract(path)
+    activations = None if exported else folder.read_contract(path)["activations"]
     chosen = pick("engine", engine or (Transformers.name if exported else Microbat.name), engines())()
     if exported:
         _check_engine(path, chosen.name)
@@ -96,7 +98,10 @@ def verify(path: str | Path, *, engine: str = "") -> Verdict:
     divergence_bound = max(FLOOR, chosen.roundings * _divergence(_logits(exact, tokens), _logits(rounded, tokens)))
     reference = {torch.float32: exact, torch.bfloat16: rounded}.get(run.dtype) or model(dtype=run.dtype)
     expected = _logits(reference, tokens)
-    if isinstance(chosen, Microbat) and proof is not None:
+    alone = (
+        activations is None or not instances("microbat.formats", BlockFormat)[activations["format"]].has_tensor_scale
+    )
+    if isinstance(chosen, Microbat) and proof is not None and alone:
         expected = _head(exact, Checkpoint(path, index=folder.INDEX), proof[1])
     errors = _layer_errors(reference, run)
     worst = max(errors, key=errors.__getitem__) if errors else None

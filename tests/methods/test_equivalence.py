@@ -18,7 +18,8 @@ from microbat.scheme import Scheme
 
 PREPARERS = {name: kind for name, kind in methods().items() if issubclass(kind, Preparer)}
 SETTINGS = {
-    "batquant": {"epochs": 2, "clip": False, "weight_clip": False, "init": "orthogonal"},
+    # Refining fits the activations' side to codes that have no error here: Adam would follow rounding noise.
+    "batquant": {"epochs": 2, "clip": False, "weight_clip": False, "init": "orthogonal", "refine_epochs": 0},
     "flatquant": {"epochs": 1},
     "brq": {"steps": 2},
     "smoothquant": {"alpha": 0.6},
@@ -35,8 +36,9 @@ class Exact(QTensor):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("name", PREPARERS)
 def test_float_function_is_kept(tiny, monkeypatch, name, family):
+    exact = lambda self, x: Exact(format=self.format, codes=x, scales=x[..., :: self.format.block])  # noqa: E731
     monkeypatch.setattr(AbsMax, "fake", lambda self, x, low=None, high=None: x.to(torch.float32))
-    monkeypatch.setattr(AbsMax, "quantize", lambda self, x: Exact(format=self.format, codes=x, scales=torch.empty(0)))
+    monkeypatch.setattr(AbsMax, "quantize", exact)
     monkeypatch.setattr(Clip, "clip", lambda self, x: x)
     monkeypatch.setattr(native, "available", lambda *tensors: False)  # it would quantize in one pass with the transform
     original = Checkpoint(tiny(family) if family == "qwen3" else tiny(family, hidden_size=128))  # heads of 32 lanes

@@ -37,6 +37,22 @@ def test_side_by_side_is_apart(folder, index, dtype, tokens):
         assert torch.equal(fuse(stored, paths, dtype=dtype)(x), torch.cat(apart, dim=-1))
 
 
+@pytest.mark.parametrize(("method", "scheme"), [("arcquant", "W4A4:nvfp4"), ("micromix", "W4A4")])
+def test_wide_and_mixed_layers_as_well(tiny, text_file, tmp_path, method, scheme):
+    options = {
+        "scheme": scheme,
+        "calibration": str(text_file),
+        "settings": {"unit": 32} if method == "micromix" else {},
+    }
+    out = microbat.quantize(tiny("qwen2"), out=tmp_path / "q", method=method, **options, **FAST)
+    stored, model = read_block(out / block_shard(1)), microbat.load(out)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(5))
+    paths = [f"self_attn.{name}" for name in FUSED["qkv_proj"]]
+    assert [stored.quantized.shape(path) for path in paths] == [(64, 64), (32, 64), (32, 64)]
+    apart = [model.get_submodule(f"model.layers.1.{path}")(x) for path in paths]
+    assert torch.equal(fuse(stored, paths, dtype=torch.float32)(x), torch.cat(apart, dim=-1))
+
+
 def test_what_is_shared_is_computed_once(folder, monkeypatch):
     from microbat.linear import SiteInput
 
@@ -69,6 +85,14 @@ def test_new_tokens_are_quantized_as_in_attention(folder):
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
     assert torch.equal(found[1], wanted[1])
     assert torch.equal(found[2], wanted[2])
+
+
+def test_what_an_engine_does_not_load():
+    pattern = re.compile(not_floats("model.layers", ["model.layers.0.mlp.up_proj"]))
+    ours = ("up_proj.weight_packed", "up_proj.0.weight_packed", "up_proj.2.weight", "up_proj.1.weight_scale")
+    assert all(pattern.match(f"model.layers.0.mlp.{name}") for name in ours)
+    assert not pattern.match("model.layers.0.mlp.up_proj.bias")
+    assert not pattern.match("model.layers.1.mlp.up_proj.weight")
 
 
 def test_names_of_modules_find_their_layers():

@@ -14,11 +14,13 @@ from microbat.methods.gptq import GPTQ
 from microbat.quantizers import kernel
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
+from microbat.quantizers.residual import Residual
 from microbat.runtime import gpu, reference
 from microbat.runtime.load import load_dequantized
 from microbat.runtime.packed import PackedLinear
 from microbat.transforms.hadamard import BlockHadamard
 from microbat.transforms.kronecker import Kronecker
+from microbat.transforms.permutation import Permutation
 
 N, K = 42, 96
 
@@ -69,6 +71,21 @@ def test_each_product_is_the_exact_one_but_for_the_sums(
     assert linear.backend == "triton"
     assert y.shape == (1, tokens, N)
     assert ((y - 1 - reference.product(seen, weight)).abs() <= reference.bound(seen, weight) + 2e-6 * y.abs()).all()
+
+
+@pytest.mark.parametrize(("tokens", "cores"), [(3, ""), (20, "fp8")])
+def test_residual_channels_are_an_ordinary_product(on_triton, monkeypatch, tokens, cores):
+    """Codes and scales of K + S channels, made once for all layers that share them."""
+    monkeypatch.setattr(gpu, "tensor_cores", lambda device: cores)
+    quantizer = Residual(inner=AbsMax(format=NVFP4), channels=32)
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(4))
+    site = SiteInput(Permutation(width=K, order=order), quantizer, num_consumers=2)
+    x, weight = outliers(2, tokens, K), AbsMax(format=NVFP4).quantize(outliers(N, K, seed=1))
+    layers = [PackedLinear(site, quantizer.facing(weight), None, dtype=torch.float32) for _ in range(2)]
+    seen, wide = quantizer.quantize(x[..., order]), quantizer.facing(weight)
+    for layer in layers:
+        assert layer.backend == "triton"
+        assert ((layer(x) - reference.product(seen, wide)).abs() <= reference.bound(seen, wide)).all()
 
 
 def test_which_product_for_which_hardware(monkeypatch):

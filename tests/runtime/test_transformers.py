@@ -45,6 +45,21 @@ def test_rotated_models_and_biases(tiny, text_file, tmp_path, family, method):
     assert torch.equal(theirs(tokens).logits, microbat.load(out, dtype=torch.bfloat16)(tokens).logits)
 
 
+@pytest.mark.parametrize(("method", "scheme"), [("arcquant", "W4A4:nvfp4"), ("micromix", "W4A4")])
+def test_wide_and_mixed_weights(tiny, text_file, tmp_path, method, scheme):
+    options = {
+        "scheme": scheme,
+        "calibration": str(text_file),
+        "settings": {"unit": 32} if method == "micromix" else {},
+    }
+    out = microbat.quantize(tiny(), out=tmp_path / "q", method=method, **options, **FAST)
+    tokens = torch.randint(257, (1, 24), generator=torch.Generator().manual_seed(5))
+    theirs, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(theirs(tokens).logits, microbat.load(out, dtype=torch.bfloat16)(tokens).logits)
+
+
 def test_nothing_is_reported_missing_or_left_over(folder):
     _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]

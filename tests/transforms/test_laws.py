@@ -5,6 +5,7 @@ import torch
 
 from microbat.transforms.hadamard import BlockHadamard, Hadamard, hadamard
 from microbat.transforms.kronecker import GPK, FullBlocks, Kronecker, NaiveKronecker, balanced_split, kron
+from microbat.transforms.permutation import Permutation
 
 
 def random_(transform, seed=0):
@@ -27,6 +28,7 @@ KINDS = [
 WIDE = [
     Kronecker(width=96, left=8),
     Kronecker(width=96, left=1),
+    Permutation(width=96, order=torch.randperm(96, generator=torch.Generator().manual_seed(0))),
 ]
 
 
@@ -178,3 +180,16 @@ def test_kronecker_is_the_kronecker_product():
 @pytest.mark.parametrize(("n", "left"), [(4096, 64), (12288, 96), (1152, 32), (2560, 40), (1024, 32), (4608, 64)])
 def test_flatquants_split(n, left):
     assert balanced_split(n) == left
+
+
+def test_permutation_is_exact_and_is_stored():
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(8))
+    transform = Permutation(width=96, order=order)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(9))
+    assert torch.equal(transform(x), x[:, order])
+    again = Permutation(**transform.settings())
+    assert torch.equal(again(x), x)
+    again.load_state_dict(transform.state_dict())
+    assert torch.equal(again.to(torch.bfloat16)(x), x[:, order])
+    with pytest.raises(ValueError, match="not a permutation of 96"):
+        Permutation(width=96, order=torch.zeros(96, dtype=torch.int64))

@@ -10,7 +10,7 @@ only one block is in memory. A block that the keeper already has is not calibrat
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from microbat.calibrate.fake import faked, transformed
 from microbat.calibrate.stats import Hessian
 from microbat.formats.block import QTensor
+from microbat.formats.composite import Composite, format_name
 from microbat.kv import KVQuantizer
 from microbat.linear import QuantBlock, QuantLinear, QuantSite, SiteInput, install
-from microbat.methods.base import Plan, Preparer, Quant, SitePlan, Solver, Statistics
+from microbat.methods.base import Method, Plan, Preparer, Quant, SitePlan, Solver, Statistics
 from microbat.models.base import Checkpoint, linear_layers
 from microbat.quantizers.clip import Clip
+from microbat.quantizers.mixed import Mixed
+from microbat.quantizers.residual import Residual, effective, facing
 from microbat.scheme import Scheme
 
 Precision = Literal["float32", "bfloat16"]
@@ -87,26 +90,15 @@ class _Data:
     def absmax(self, path: str) -> Tensor:
         linear = self.block.get_submodule(path)
         largest = torch.zeros(linear.in_features, device=linear.weight.device)
-
-        def see(inputs: tuple, output: Tensor) -> None:
-            torch.maximum(largest, inputs[0].flatten(0, -2).abs().amax(0).float(), out=largest)
-
-        with _watch(linear, see):
-            self._runner.run(self.block, self.float_inputs)
+        self.watch({path: lambda x: torch.maximum(largest, x.flatten(0, -2).abs().amax(0), out=largest)})
         return largest
 
-    def moments(self, path: str, block: int) -> Tensor:
-        linear = self.block.get_submodule(path)
-        total = torch.zeros(linear.in_features // block, block, block, dtype=torch.float64, device=linear.weight.device)
-
-        def see(inputs: tuple, output: Tensor) -> None:
-            x = nn.functional.normalize(inputs[0].flatten(0, -2).to(torch.float32), dim=-1)
-            x_GTB = x.unflatten(-1, (-1, block)).transpose(0, 1)
-            total.add_(x_GTB.mT @ x_GTB)
-
-        with _watch(linear, see):
-            self._runner.run(self.block, self.inputs)
-        return total
+    def watch(self, seen: dict[str, Callable[[Tensor], Any]]) -> None:
+        with contextlib.ExitStack() as stack:
+            for path, see in seen.items():
+                keep = lambda inputs, output, see=see: see(inputs[0].to(torch.float32))  # noqa: E731
+                stack.enter_context(_watch(self.block.get_submodule(path), keep))
+            self._runner.run(self.block, self.float_inputs)
 
     def faked(self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False) -> Callable[[Tensor], Tensor]:
         for site in plan.sites:
@@ -138,8 +130,8 @@ class _Runner:
         return torch.cat([self.step(block, rows) for rows in x_SLK.split(self.job.batch)])
 
 
-def preflight(checkpoint: Checkpoint, scheme: Scheme) -> None:
-    """Raise before any work where a layer does not fit the scheme, naming the layer."""
+def preflight(checkpoint: Checkpoint, scheme: Scheme, methods: Iterable[Method] = ()) -> None:
+    """Raise before any work where a layer does not fit the scheme or one of ``methods``, naming the layer."""
     family, lanes = checkpoint.family, checkpoint.head_dim
     if scheme.cache and scheme.cache.format.block and lanes % scheme.cache.format.block:
         raise ValueError(
@@ -161,6 +153,11 @@ def preflight(checkpoint: Checkpoint, scheme: Scheme) -> None:
                         f"of {size} (scheme {scheme.text}). Leave it in float with --ignore '{name}' (or "
                         f"--ignore 're:{path}$' for all of its kind), or choose a format whose block divides it."
                     )
+            for method in () if scheme.ignores(name) else methods:
+                try:
+                    method.check_width(linear.in_features, scheme)
+                except ValueError as error:
+                    raise ValueError(f"layer {name!r}: {error}") from error
 
 
 def calibrate(job: Job, keeper: Keeper, observe: Observer, progress: Progress) -> Iterator[Record]:
@@ -263,7 +260,7 @@ def _freeze(site: SitePlan) -> SitePlan:
 @torch.no_grad()
 def _solve(
     job: Job, data: _Data, plans: list[SitePlan], weights: dict[str, Tensor]
-) -> tuple[dict[str, QTensor], dict[str, dict[str, float]]]:
+) -> tuple[dict[str, QTensor | Composite], dict[str, dict[str, float]]]:
     """Codes of every linear layer, in the order of the data flow: later sites see earlier ones quantized."""
     codes, notes = {}, {}
     block = data.block
@@ -275,17 +272,19 @@ def _solve(
         inputs[plan.site.name] = site
         for path in plan.weights:
             targets[path] = transformed(weights[path].to(torch.float64), plan.transform).to(torch.float32)
-            block.set_submodule(path, QuantLinear(site, targets[path], originals[path].bias))
+            linear = QuantLinear(site, facing(plan.activation, targets[path]), originals[path].bias)
+            block.set_submodule(path, linear)
     try:
         for plan in plans:
             statistics = None
             if "hessian" in job.solver.needs:
                 statistics = Statistics(hessian=_hessian(data, inputs[plan.site.name], next(iter(plan.weights))))
-            for path, quantizer in plan.weights.items():
-                solution = job.solver.solve(targets[path], quantizer, statistics)
-                codes[path], notes[path] = solution.weight, dict(solution.notes)
-                block.get_submodule(path).weight = solution.weight.dequantize()
-                notes[path]["weight_error"] = _ratio(codes[path].dequantize() - targets[path], targets[path])
+            own = {path: targets[path] for path in plan.weights}
+            for path, solution in job.solver.solve_site(own, plan.weights, statistics).items():
+                rounded, notes[path] = solution.weight.dequantize(), dict(solution.notes)
+                codes[path] = facing(plan.activation, solution.weight)
+                block.get_submodule(path).weight = facing(plan.activation, rounded)
+                notes[path]["weight_error"] = _ratio(rounded - targets[path], targets[path])
     finally:
         for path, module in originals.items():
             block.set_submodule(path, module)
@@ -298,10 +297,11 @@ class _Seen(Exception):
 
 def _hessian(data: _Data, site: SiteInput, path: str) -> Tensor:
     """X^T X / T of a site's quantized activation over the quantized stream; the block runs as far as the site."""
-    hessian = Hessian(data.block.get_submodule(path).weight.shape[1], data.inputs.device)
+    residual = site.quantizer.channels if isinstance(site.quantizer, Residual) else 0
+    hessian = Hessian(data.block.get_submodule(path).weight.shape[1] - residual, data.inputs.device)
 
     def see(inputs: tuple, output: Tensor) -> None:
-        hessian.add(output)
+        hessian.add(effective(site.quantizer, output))
         raise _Seen
 
     with _watch(site, see):
@@ -339,24 +339,24 @@ def _measure(
         for path in plan.weights:
             exact = x @ weights[path].T
             error = _ratio(rounded @ codes[path].dequantize().T - exact, exact)
-            format = codes[path].format
-            transform = plan.transform
+            q, shape, transform = codes[path], weights[path].shape, plan.transform
             layers.append(
                 {
                     "name": f"{name}.{path}",
                     "block": data.index,
                     "site": plan.site.name,
                     "kind": path.rsplit(".", 1)[-1],
-                    "shape": list(codes[path].shape),
-                    "format": format.name,
-                    "bits": format.bits_per_element(tuple(codes[path].shape)),
+                    "shape": list(shape),
+                    "format": format_name(q),
+                    "bits": 8 * q.nbytes / shape.numel(),
+                    "residual_channels": q.shape[-1] - shape[-1],
                     "transform": None if transform is None else transform.name,
                     "transform_params": 0 if transform is None else transform.num_parameters,
                     "output_error": error,
                     **notes[path],
                 }
             )
-            if plan.activation is not None:
+            if plan.activation is not None and not isinstance(plan.activation, Mixed):
                 viewed[f"{name}.{path}"] = plan, plan.activation
     errors = {layer["name"]: layer["output_error"] for layer in layers}
     wanted = [max(viewed, key=errors.__getitem__)] if viewed else []

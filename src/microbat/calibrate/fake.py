@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from microbat.linear import QuantLinear, SiteInput
 from microbat.methods.base import Plan, Quant
+from microbat.quantizers.residual import facing
 from microbat.transforms.base import Transform
 
 
@@ -26,7 +27,7 @@ class FakeLinear(nn.Module):
         x = self.site(x)
         with torch.autocast(x.device.type, enabled=False):
             weight = transformed(self.float_weight, self.site.transform)
-        weight = self.quantizer.fake(weight)
+        weight = facing(self.site.quantizer, self.quantizer.fake(weight))
         return nn.functional.linear(x, weight, self.bias)
 
 

@@ -32,13 +32,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microbat.formats.block import BlockFormat
+from microbat.formats.block import BlockFormat, QTensor
+from microbat.formats.composite import Composite, format_name, pack_parts, unpack_parts
 from microbat.formats.packing import check, pack, unpack
 from microbat.kv import KVQuantizer
-from microbat.linear import QuantBlock, QuantSite
+from microbat.linear import Activation, QuantBlock, QuantSite
 from microbat.models.base import Checkpoint
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
+from microbat.quantizers.mixed import Mixed
+from microbat.quantizers.residual import Residual
 from microbat.registry import instances, pick, subclasses
 from microbat.transforms.base import Transform
 
@@ -93,8 +96,11 @@ def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tens
                 tensors[f"{prefix}.clip"] = site.quantizer.ratios
         for layer in site.consumers:
             q = block.weights[layer]
-            entry.setdefault("weights", {})[layer] = {"format": q.format.name, "shape": list(q.shape)}
-            tensors |= {f"{name}.{layer}.{key}": t for key, t in pack(q).items()}
+            entry.setdefault("weights", {})[layer] = {"format": format_name(q), "shape": list(q.shape)}
+            if isinstance(q, Composite):
+                entry["weights"][layer]["parts"] = [[part.format.name, part.shape[-1]] for part in q.parts]
+            stored = pack_parts(q) if isinstance(q, Composite) else pack(q)
+            tensors |= {f"{name}.{layer}.{key}": t for key, t in stored.items()}
         sites.append(entry)
     description: dict[str, Any] = {"name": name, "sites": sites}
     if block.kv is not None:
@@ -110,7 +116,12 @@ def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tens
     _write_shard(path, tensors, description)
 
 
-def _describe(quantizer: AbsMax | Clip) -> dict[str, Any]:
+def _describe(quantizer: Activation) -> dict[str, Any]:
+    if isinstance(quantizer, Mixed):
+        groups = zip(quantizer.parts, quantizer.widths, strict=True)
+        return {"parts": [{**_describe(part), "width": width} for part, width in groups]}
+    if isinstance(quantizer, Residual):
+        return {**_describe(quantizer.inner), "residual_channels": quantizer.channels}
     if isinstance(quantizer, Clip):
         return {**_describe(quantizer.inner), **({"clips_whole": True} if quantizer.whole else {})}
     return {"format": quantizer.format.name, "scale_rule": quantizer.rule}
@@ -133,14 +144,13 @@ def _block_of(description: dict[str, Any], tensors: dict[str, Tensor], path: Pat
     formats, sites, weights = instances("microbat.formats", BlockFormat), [], {}
     for entry in description["sites"]:
         for layer, stored in entry["weights"].items():
-            parts = {k: tensors.pop(f"{layer}.{k}") for k in PACKED if f"{layer}.{k}" in tensors}
-            format = pick("format", stored["format"], formats)
+            names = [f"{n}.{k}" for n in range(len(stored.get("parts", ()))) for k in PACKED] or PACKED
+            parts = {k: tensors.pop(f"{layer}.{k}") for k in names if f"{layer}.{k}" in tensors}
             try:
-                weights[layer] = unpack(parts, format, stored["shape"][-1])
-                check(weights[layer], tuple(stored["shape"]))
+                weights[layer] = _read_weight(stored, parts, formats)
             except (KeyError, RuntimeError, ValueError) as error:
                 raise ValueError(
-                    f"shard {path}: {prefix}{layer} does not hold {format.name} codes ({error})"
+                    f"shard {path}: {prefix}{layer} does not hold {stored['format']} codes ({error})"
                 ) from error
         sites.append(_read_site(entry, tensors, formats))
     quantized = QuantBlock(sites=tuple(sites), weights=weights)
@@ -160,6 +170,21 @@ def quantized_layers(path: Path) -> list[str]:
 
 
 PACKED = ("weight_packed", "weight", "weight_scale", "weight_global_scale", "weight_tensor_scale")
+
+
+def _read_weight(
+    stored: dict[str, Any], parts: dict[str, Tensor], formats: dict[str, BlockFormat]
+) -> QTensor | Composite:
+    """A weight's codes, checked; KeyError, RuntimeError and ValueError where they are not what ``stored`` says."""
+    shape = tuple(stored["shape"])
+    if "parts" in stored:
+        mixed = unpack_parts(parts, [(pick("format", name, formats), width) for name, width in stored["parts"]])
+        if tuple(mixed.shape) != shape:
+            raise ValueError(f"codes are {tuple(mixed.shape)} for a tensor of {shape}")
+        return mixed
+    q = unpack(parts, pick("format", stored["format"], formats), shape[-1])
+    check(q, shape)
+    return q
 
 
 def _read_site(entry: dict[str, Any], tensors: dict[str, Tensor], formats: dict[str, BlockFormat]) -> QuantSite:
@@ -186,8 +211,13 @@ def _read_transform(entry: dict[str, Any], own: dict[str, Tensor]) -> Transform:
     return transform.requires_grad_(False)
 
 
-def _read_quantizer(entry: dict[str, Any], clip: Tensor | None, formats: dict[str, BlockFormat]) -> AbsMax | Clip:
+def _read_quantizer(entry: dict[str, Any], clip: Tensor | None, formats: dict[str, BlockFormat]) -> Activation:
+    if "parts" in entry:
+        parts = tuple(AbsMax(format=pick("format", p["format"], formats), rule=p["scale_rule"]) for p in entry["parts"])
+        return Mixed(parts=parts, widths=tuple(part["width"] for part in entry["parts"]))
     quantizer = AbsMax(format=pick("format", entry["format"], formats), rule=entry["scale_rule"])
+    if "residual_channels" in entry:
+        return Residual(inner=quantizer, channels=entry["residual_channels"])
     return quantizer if clip is None else Clip(quantizer, clip, whole=entry.get("clips_whole", False))
 
 
@@ -293,11 +323,11 @@ def check_fit(block: nn.Module, stored: StoredBlock, shard: Path) -> None:
 
     ``block`` is the float block of the skeleton; what it lacks or has too much is left to whoever fills it.
     """
-    for path, weight in stored.quantized.weights.items():
-        linear = block.get_submodule(path)
+    for path in stored.quantized.weights:
+        linear, shape = block.get_submodule(path), stored.quantized.shape(path)
         wanted = (linear.out_features, linear.in_features)
-        if tuple(weight.shape) != wanted:
-            raise ValueError(f"shard {shard}: {path} is {tuple(weight.shape)}; config.json makes it {wanted}")
+        if shape != wanted:
+            raise ValueError(f"shard {shard}: {path} is {shape}; config.json makes it {wanted}")
     parameters = dict(block.named_parameters())
     for name, tensor in stored.floats.items():
         if name in parameters and tensor.shape != parameters[name].shape:

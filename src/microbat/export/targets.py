@@ -13,6 +13,8 @@ from typing import Any
 from microbat.linear import QuantBlock, QuantSite
 from microbat.models.base import Family
 from microbat.quantizers.clip import Clip
+from microbat.quantizers.mixed import Mixed
+from microbat.quantizers.residual import Residual
 from microbat.registry import pick
 
 LAYOUT = "compressed-tensors"
@@ -213,6 +215,15 @@ def _site_reasons(target: Target, site: QuantSite, block: QuantBlock) -> list[st
     if isinstance(site.quantizer, Clip):
         reasons.append(
             f"the clip of the activation before {', '.join(site.consumers)} would be dropped; the same way out"
+        )
+    if isinstance(site.quantizer, Residual):
+        reasons.append(
+            f"the residual channels of the activation before {', '.join(site.consumers)}, which weights with as many more "
+            "columns meet, would not be made; the same way out"
+        )
+    if isinstance(site.quantizer, Mixed):
+        reasons.append(
+            f"{', '.join(site.consumers)} hold several formats side by side, and so does their activation; the same way out"
         )
     scales = {q.tensor_scale.item() for q in map(block.weights.get, site.consumers) if q and q.tensor_scale is not None}
     if target.fuses and len(scales) > 1:

@@ -9,21 +9,24 @@ new :class:`Preparer` or :class:`Solver` is found because it is there.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from microbat.formats.block import QTensor
+from microbat.formats.composite import Composite
 from microbat.kv import KVQuantizer
 from microbat.models.base import Checkpoint, Site
 from microbat.models.rotation import Rotation
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
+from microbat.quantizers.mixed import Mixed
+from microbat.quantizers.residual import Residual
 from microbat.scheme import Scheme
 from microbat.transforms.base import BlockDiagonal, Transform
 
-Quant = AbsMax | Clip
+Quant = AbsMax | Clip | Mixed
 
 
 @dataclass(kw_only=True)
@@ -33,7 +36,7 @@ class SitePlan:
 
     site: Site
     transform: Transform | None
-    activation: Quant | None
+    activation: Quant | Residual | None
     weights: dict[str, Quant]
     scale: nn.Parameter | None = None
 
@@ -106,9 +109,9 @@ class BlockData(Protocol):
     def absmax(self, path: str) -> Tensor:
         """The largest magnitude of each input channel [K] of the linear layer at ``path``, over the float stream."""
 
-    def moments(self, path: str, block: int) -> Tensor:
-        """Second moments [K / block, block, block] of the input of the linear layer at ``path``, over the quantized stream
-        and each block of channels, float64; every token counts as if it had length 1."""
+    def watch(self, seen: dict[str, Callable[[Tensor], Any]]) -> None:
+        """Run the float block over the float stream once; each function gets the inputs [S, L, K] of the linear layer at its
+        path, batch by batch."""
 
     def faked(self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False) -> Callable[[Tensor], Tensor]:
         """The block as a differentiable function that quantizes by ``plan``, with ``weights`` in its linear layers.
@@ -141,15 +144,22 @@ class Method(ABC):
         """Whether the seed decides more than the calibration text: what trains or starts at random differs by seed."""
         return False
 
+    def check(self, scheme: Scheme) -> None:  # noqa: B027
+        """Raise ValueError, with what to do instead, where the method has no meaning for ``scheme``; asked before any work."""
+
+    def check_width(self, width: int, scheme: Scheme) -> None:  # noqa: B027
+        """Raise ValueError where it has none for a layer of ``width`` inputs; asked for each layer, before any work."""
+
 
 class Preparer(Method):
     """Decides where and how to transform and clip; leaves the float function of the block as it was.
 
     ``default_solver`` is the last step that suits it best; ``needs`` the kinds of site (``normed``, ``headed``) that a family
-    must have for it.
+    must have for it; ``solvers`` the last steps that know what its quantizers make, empty for all.
     """
 
     default_solver: ClassVar[str] = "gptq"
+    solvers: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
 
     def rotation(self, model: ModelData) -> Rotation | None:
@@ -174,7 +184,7 @@ class Statistics:
 class Solution:
     """Codes of one weight, and what the solver has to say about how it got them."""
 
-    weight: QTensor
+    weight: QTensor | Composite
     notes: dict[str, float] = field(default_factory=dict)
 
 
@@ -189,3 +199,9 @@ class Solver(Method):
     @abstractmethod
     def solve(self, weight: Tensor, quantizer: Quant, statistics: Statistics | None) -> Solution:
         """Codes of ``weight`` [N, K], which is in the basis that the site's transform leaves it in."""
+
+    def solve_site(
+        self, weights: dict[str, Tensor], quantizers: dict[str, Quant], statistics: Statistics | None
+    ) -> dict[str, Solution]:
+        """Codes of all the weights that read one activation, by path; for solvers that decide something for them together."""
+        return {path: self.solve(weight, quantizers[path], statistics) for path, weight in weights.items()}

@@ -16,9 +16,11 @@ only the inverse transpose is exact; that is what is used.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor, nn
 
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.kv import KVQuantizer
@@ -92,8 +94,7 @@ class BATQuant(Preparer):
             self._map_values(plan, plan.kv.value.format, data)
             plan.kv = self._cache(plan.kv, data)
         if self.init == "balanced":
-            for site in plan.sites:
-                self._balance(site, plan.values if site is plan.value_site() else None, data)
+            self._balance(data, plan)
         schedule = Schedule(epochs=self.epochs, batch=self.batch, objective=self.objective, inputs=self.inputs)
         train_plan(data, plan, solver, lr=self.lr, clip_lr=self.clip_lr, schedule=schedule)
         return plan
@@ -133,21 +134,28 @@ class BATQuant(Preparer):
             site.transform = self._transform(site.transform.width, _format(site), data, g=self.g, init="identity")
 
     @torch.no_grad()
-    def _balance(self, site: SitePlan, values: BlockDiagonal | None, data: BlockData) -> None:
-        """Start the site's full blocks where its second moments say; ``values`` maps each head's lanes before."""
-        assert isinstance(site.transform, FullBlocks)
-        size = site.transform.block
-        moments = data.moments(site.site.consumers[0], size)
-        weight = torch.cat([data.block.get_submodule(path).weight for path in site.weights]).to(torch.float64)
-        weight_GNB = weight.unflatten(-1, (-1, size)).transpose(0, 1)
-        gram = weight_GNB.mT @ weight_GNB
-        if values is not None and values.block == size:
-            heads = moments.shape[0] // values.blocks().shape[0]
-            before, inverse = (
-                blocks.to(moments).repeat(heads, 1, 1) for blocks in (values.blocks(), values.inverse_blocks())
-            )
-            moments, gram = before.mT @ moments @ before, inverse @ gram @ inverse.mT
-        site.transform.P.copy_(balanced_blocks(moments, gram))
+    def _balance(self, data: BlockData, plan: Plan) -> None:
+        """Start full blocks where second moments say, a token's counted as if it had length 1; ``plan.values`` comes before."""
+        moments: dict[str, Tensor] = {}
+
+        def gather(path: str, size: int, x: Tensor) -> None:
+            x_GTB = nn.functional.normalize(x.flatten(0, -2), dim=-1).unflatten(-1, (-1, size)).transpose(0, 1)
+            with torch.autocast(x.device.type, enabled=False):
+                moments[path] = moments.get(path, 0) + (x_GTB.mT @ x_GTB).to(torch.float64)
+
+        sites = [(site, site.site.consumers[0], site.transform) for site in plan.sites]
+        data.watch({path: partial(gather, path, transform.block) for _, path, transform in sites})
+        for site, path, transform in sites:
+            size, moment = transform.block, moments[path]
+            weight = torch.cat([data.block.get_submodule(path).weight for path in site.weights]).to(torch.float64)
+            weight_GNB = weight.unflatten(-1, (-1, size)).transpose(0, 1)
+            gram = weight_GNB.mT @ weight_GNB
+            if plan.values is not None and site is plan.value_site() and plan.values.block == size:
+                heads = moment.shape[0] // plan.values.blocks().shape[0]
+                maps = (plan.values.blocks(), plan.values.inverse_blocks())
+                before, inverse = (blocks.to(moment).repeat(heads, 1, 1) for blocks in maps)
+                moment, gram = before.mT @ moment @ before, inverse @ gram @ inverse.mT
+            transform.P.copy_(balanced_blocks(moment, gram))
 
     def _transform(
         self, width: int, format: BlockFormat, data: BlockData, *, g: int = 0, init: Init | None = None

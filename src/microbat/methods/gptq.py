@@ -15,6 +15,7 @@ launch (``kernels.gptq``).
 
 # Shapes: N out, K in, B block size.
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,10 +24,12 @@ from torch import Tensor
 
 from microbat import kernels
 from microbat.formats.block import QTensor
+from microbat.formats.composite import Composite
 from microbat.methods.base import Quant, Solution, Solver, Statistics
-from microbat.quantizers.base import AbsMax
+from microbat.quantizers.base import AbsMax, Scales
 from microbat.quantizers.clip import Clip
 from microbat.quantizers.kernel import round_blocks
+from microbat.quantizers.mixed import Mixed
 
 DAMPING_TRIES = 6
 LAZY_COLUMNS = 32  # columns rounded before the rest is updated, where the format has no blocks of its own
@@ -46,6 +49,12 @@ class GPTQ(Solver):
 
     def solve(self, weight: Tensor, quantizer: Quant, statistics: Statistics | None) -> Solution:
         """``weight`` [N, K] and H [K, K]. A column whose input is always zero is stored as zero."""
+        return self.solve_under(None, weight, quantizer, statistics)
+
+    def solve_under(
+        self, chosen: "Chosen | None", weight: Tensor, quantizer: Quant, statistics: Statistics | None
+    ) -> Solution:
+        """:meth:`solve` under scales that somebody else chooses; None: by the quantizer's rule."""
         if statistics is None:
             raise ValueError("gptq needs the Hessian of the layer's input")
         inner = quantizer.inner if isinstance(quantizer, Clip) else quantizer
@@ -53,8 +62,26 @@ class GPTQ(Solver):
         hessian = statistics.hessian.to(torch.float64)
         dead = hessian.diagonal() == 0
         factor, damping = inverse_cholesky(hessian, self.damping, dead)
-        codes = _round_columns(weight.masked_fill(dead, 0.0), factor.to(torch.float32), inner)
-        return Solution(weight=codes, notes={"damping": damping, "dead_columns": float(dead.sum())})
+        weight, factor = weight.masked_fill(dead, 0.0), factor.to(torch.float32)
+        rounded: QTensor | Composite
+        if isinstance(inner, Mixed):
+            rounded = _round_groups(weight, factor, inner)
+        else:
+            rounded = _round_columns(weight, factor, inner, chosen)
+        return Solution(weight=rounded, notes={"damping": damping, "dead_columns": float(dead.sum())})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """Scales that are not the quantizer's: of the tensor, ``outer`` [] or None, and of a block of columns when its turn comes.
+
+    ``block(start, columns, cost)`` gives [N] for the block from column ``start`` on: ``columns`` [N, B] are its weights as
+    updated so far, ``cost`` [B] = 1 / U_jj^2 what a squared error in each adds to the layer's, the columns after it making up
+    for what they can.
+    """
+
+    outer: Tensor | None
+    block: Callable[[int, Tensor, Tensor], Tensor]
 
 
 def inverse_cholesky(hessian: Tensor, damping: float, dead: Tensor) -> tuple[Tensor, float]:
@@ -76,7 +103,22 @@ def inverse_cholesky(hessian: Tensor, damping: float, dead: Tensor) -> tuple[Ten
     raise ValueError(f"the Hessian stays singular with damping raised to {tried:g} of its mean diagonal")
 
 
-def _round_columns(weight: Tensor, factor: Tensor, quantizer: AbsMax) -> QTensor:
+def _round_groups(weight: Tensor, factor: Tensor, quantizer: Mixed) -> Composite:
+    """Groups of columns in formats of their own, from first to last: what one leaves flows to all after it."""
+    parts, start = [], 0
+    for inner, group in quantizer.split(weight):
+        stop = start + group.shape[1]
+        own = factor[start:stop, start:stop]
+        parts.append(_round_columns(weight[:, start:stop], own, inner))
+        # The errors e of (1) solve e U = w - q within the group; (2) carries them on.
+        left = weight[:, start:stop] - parts[-1].dequantize()
+        errors = torch.linalg.solve_triangular(own, left, upper=True, left=False)
+        weight = torch.cat([weight[:, :stop], weight[:, stop:] - errors @ factor[start:stop, stop:]], dim=1)
+        start = stop
+    return Composite(parts=tuple(parts))
+
+
+def _round_columns(weight: Tensor, factor: Tensor, quantizer: AbsMax, chosen: Chosen | None = None) -> QTensor:
     """The column loop; scales of a block are taken when its turn comes, from the weights as updated by then.
 
     Columns are laid out one after the other, [K, N], so that each step reads and writes a run of memory.
@@ -85,18 +127,23 @@ def _round_columns(weight: Tensor, factor: Tensor, quantizer: AbsMax) -> QTensor
     block = quantizer.format.block_of(columns)
     # A scale of the whole tensor, or of a whole row, is fixed before the loop; block scales are replaced in turn.
     scales = quantizer.scales(weight)
-    if kernels.runs_on(weight.device.type):
+    if chosen is None and kernels.runs_on(weight.device.type):
         from microbat.kernels.gptq import round_columns
 
         fixed = {"outer": scales.tensor, "row_scale": scales.block if quantizer.format.block is None else None}
         return round_columns(weight, factor, format=quantizer.format, rule=quantizer.rule, **fixed)
+    outer = scales.tensor if chosen is None else chosen.outer
     work_KN = weight.T.contiguous()
     block_scales, values_KN = [], torch.empty_like(work_KN)
     lazy = block if block < columns else LAZY_COLUMNS
     for start in range(0, columns, lazy):
         stop = min(start + lazy, columns)
-        if block < columns:
-            scale = quantizer.scales_within(work_KN[start:stop].T, scales.tensor)
+        if chosen is not None:
+            cost = factor.diagonal()[start:stop].square().reciprocal()
+            scale = Scales(block=chosen.block(start, work_KN[start:stop].T, cost)[:, None], tensor=outer)
+            block_scales.append(scale.block)
+        elif block < columns:
+            scale = quantizer.scales_within(work_KN[start:stop].T, outer)
             block_scales.append(scale.block)
         else:
             scale = scales
@@ -109,4 +156,4 @@ def _round_columns(weight: Tensor, factor: Tensor, quantizer: AbsMax) -> QTensor
         work_KN[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     block_scale = torch.cat(block_scales, dim=1) if block_scales else scales.block
     codes = element.encode(values_KN.T.contiguous())
-    return QTensor(format=quantizer.format, codes=codes, scales=block_scale, tensor_scale=scales.tensor)
+    return QTensor(format=quantizer.format, codes=codes, scales=block_scale, tensor_scale=outer)

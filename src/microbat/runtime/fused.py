@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from microbat.export.folder import PACKED, StoredBlock
 from microbat.kv import KVQuantizer
 from microbat.linear import SiteInput
-from microbat.runtime.packed import PackedLinear
+from microbat.runtime.composite import packed_linear
 from microbat.transforms.base import Transform
 
 
@@ -45,7 +45,7 @@ def fuse(stored: StoredBlock, paths: Sequence[str], *, dtype: torch.dtype, biase
         bias = stored.floats.get(f"{path}.bias") if biases else None
         bias = None if bias is None else bias.to(dtype)
         if path in stored.quantized.weights:
-            parts.append(PackedLinear(inputs[path], stored.quantized.weights[path], bias, dtype=dtype))
+            parts.append(packed_linear(inputs[path], stored.quantized.weights[path], bias, dtype=dtype))
         else:
             weight = stored.floats[f"{path}.weight"].to(dtype)
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
@@ -107,4 +107,4 @@ def not_floats(blocks: str, layers: Iterable[str]) -> str:
     """A regular expression for the stored tensors that an engine's own loader leaves to microbat: the weights of
     ``layers``, given by their full names, and what belongs to no layer."""
     weights = "|".join(re.escape(layer) for layer in sorted(layers)) or "(?!)"
-    return rf"^(?:tokens|outputs|{re.escape(blocks)}\.\d+\.(?:sites|kv)\..*|(?:{weights})\.(?:{'|'.join(PACKED)}))$"
+    return rf"^(?:tokens|outputs|{re.escape(blocks)}\.\d+\.(?:sites|kv)\..*|(?:{weights})\.(?:\d+\.)?(?:{'|'.join(PACKED)}))$"

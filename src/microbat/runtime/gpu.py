@@ -41,7 +41,7 @@ def product(layer: "PackedLinear", x: Tensor) -> Tensor:
 def _product(layer: "PackedLinear", x: Tensor, dtype: torch.dtype) -> Tensor:
     from microbat.kernels import folding, matmul, matvec
 
-    tokens, width = x.numel() // layer.in_features, layer.in_features
+    tokens, width = x.numel() // x.shape[-1], layer.in_features  # as wide as what the site makes of x
     format, outer = layer.format, layer.tensor_scale if layer.format.has_tensor_scale else None
     weight = (layer.codes, layer.scales.view(SCALE_DTYPES[format.scale_element]))
     if tokens <= matvec.MAX_TOKENS:

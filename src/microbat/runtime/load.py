@@ -1,4 +1,4 @@
-"""From a folder to a model: a transformers model whose linear layers are :class:`microbat.runtime.packed.PackedLinear`."""
+"""From a folder to a model: a transformers model whose linear layers run from their bits (:mod:`microbat.runtime.packed`)."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -21,7 +21,9 @@ from microbat.export.folder import (
 from microbat.kv import KVQuantizer
 from microbat.linear import Linear, QuantLinear, dequantized, install
 from microbat.models.base import Checkpoint
-from microbat.runtime.packed import Head, PackedLinear
+from microbat.quantizers.residual import Residual
+from microbat.runtime.composite import packed_linear
+from microbat.runtime.packed import Head
 
 
 def load(
@@ -40,7 +42,7 @@ def load(
     Raises ValueError for a folder that is not ours, not finished, or damaged, and for an unknown or unfit backend.
     """
     checkpoint, blocks = _read(Path(folder))
-    linear = partial(PackedLinear, dtype=dtype, device=device, backend=backend)
+    linear = partial(packed_linear, dtype=dtype, device=device, backend=backend)
     model = assemble(checkpoint, blocks, linear, dtype=dtype, device=device)
     head = checkpoint.family.head
     model.set_submodule(head, Head(model.get_submodule(head)))
@@ -62,8 +64,10 @@ def load_plain(folder: str | Path, *, dtype: torch.dtype, device: str | torch.de
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             linear = nn.Linear(1, 1, device="meta")
-            linear.weight, linear.bias = nn.Parameter(module.weight, requires_grad=False), module.bias
-            linear.out_features, linear.in_features = module.weight.shape
+            quantizer, weight = module.site.quantizer, module.weight
+            weight = quantizer.original(weight) if isinstance(quantizer, Residual) else weight
+            linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), module.bias
+            linear.out_features, linear.in_features = weight.shape
             model.set_submodule(name, linear)
         elif isinstance(getattr(module, "kv", None), KVQuantizer):
             module.kv = None

@@ -6,19 +6,28 @@ import torch
 from torch import Tensor
 
 from microbat.formats.block import QTensor
+from microbat.formats.composite import Composite
+from microbat.quantizers.mixed import Mixed
 
 
-def product(x: Tensor | QTensor, weight: QTensor) -> Tensor:
+def product(x: Tensor | QTensor | Composite, weight: QTensor | Composite) -> Tensor:
     """``x`` [..., K] times ``weight`` [N, K] transposed: float64 [..., N].
 
     Both factors are the values that codes and scales mean; products and sums are float64, which rounds away nothing that
     a float32 kernel could keep.
     """
-    x = x.dequantize() if isinstance(x, QTensor) else x
+    x = x if isinstance(x, Tensor) else x.dequantize()
     return x.to(torch.float64) @ weight.dequantize().to(torch.float64).T
 
 
-def bound(x: Tensor | QTensor, weight: QTensor) -> Tensor:
+def bound(x: Tensor | QTensor | Composite, weight: QTensor | Composite) -> Tensor:
     """How far a sum in float32, in whatever order, may be from :func:`product`: K 2^-24 sum_k |x_k w_k|, [..., N]."""
-    x = x.dequantize() if isinstance(x, QTensor) else x
+    x = x if isinstance(x, Tensor) else x.dequantize()
     return weight.shape[-1] * 2.0**-24 * (x.to(torch.float64).abs() @ weight.dequantize().to(torch.float64).abs().T)
+
+
+def reorder_quantize(x: Tensor, order: Tensor, quantizer: Mixed) -> Composite:
+    """Channels of ``x`` [..., K] in another ``order`` [K] and quantized by groups, in one go: each group is gathered and
+    quantized from ``x`` itself. The oracle of a fused kernel; what a permutation and then ``quantizer`` make."""
+    groups = zip(quantizer.parts, order.split(quantizer.widths), strict=True)
+    return Composite(parts=tuple(part.quantize(x.index_select(-1, own)) for part, own in groups))

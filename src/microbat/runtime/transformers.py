@@ -30,7 +30,7 @@ from microbat.export.folder import (
 from microbat.linear import install
 from microbat.models.attention import attention_function
 from microbat.models.base import family_of
-from microbat.runtime.packed import PackedLinear
+from microbat.runtime.composite import packed_linear
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -67,7 +67,7 @@ class MicrobatQuantizer(HfQuantizer):
         for index, block in enumerate(model.get_submodule(self.blocks)):
             for path in quantized_layers(self.folder / block_shard(index)):
                 block.set_submodule(path, _Awaited(block.get_submodule(path)))
-                ours.append(re.escape(f"{self.blocks}.{index}.{path}.weight"))
+                ours.append(re.escape(f"{self.blocks}.{index}.{path}.") + r"(\d+\.)?weight")
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ours}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -76,7 +76,7 @@ class MicrobatQuantizer(HfQuantizer):
             stored = read_block(shard)
             check_fit(block, stored, shard)
             place = next(block.parameters())
-            install(block, stored.quantized, partial(PackedLinear, dtype=place.dtype))
+            install(block, stored.quantized, partial(packed_linear, dtype=place.dtype))
             block.to(place.device)
         return model.requires_grad_(False)
 

@@ -176,8 +176,8 @@ class LinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         stored = self.config.block(self.index)
         for path, shape in zip(self.paths, self.shapes, strict=True):
-            weight = stored.quantized.weights.get(path)
-            found = tuple((stored.floats[f"{path}.weight"] if weight is None else weight).shape)
+            packed = path in stored.quantized.weights
+            found = stored.quantized.shape(path) if packed else tuple(stored.floats[f"{path}.weight"].shape)
             if found != shape:
                 shard = self.config.folder / block_shard(self.index)
                 raise ValueError(f"shard {shard}: {path} is {found}; config.json makes it {shape}")
