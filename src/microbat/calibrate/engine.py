@@ -102,7 +102,8 @@ class _Data:
         def see(inputs: tuple, output: Tensor) -> None:
             x = nn.functional.normalize(inputs[0].flatten(0, -2).to(torch.float32), dim=-1)
             x_GTB = x.unflatten(-1, (-1, block)).transpose(0, 1)
-            total.add_(x_GTB.mT @ x_GTB)
+            with torch.autocast(x.device.type, enabled=False):
+                total.add_(x_GTB.mT @ x_GTB)
 
         with _watch(linear, see):
             self._runner.run(self.block, self.inputs)
