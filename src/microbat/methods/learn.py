@@ -23,7 +23,7 @@ from microbat.quantizers.clip import Clip
 from microbat.transforms.base import Transform
 
 Objective = Literal["mse", "relative", "stream"]
-Inputs = Literal["quantized", "float"]
+Inputs = Literal["quantized", "float", "mixed"]  # mixed: each number from one of the two, drawn anew at every step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +142,7 @@ def train(
     optimizer = torch.optim.AdamW(
         [{"params": parameters, "lr": lr} for parameters, lr in groups], weight_decay=0.0, fused=True
     )
-    inputs = data.inputs if schedule.inputs == "quantized" else data.float_inputs
-    num = inputs.shape[0]
+    num = data.inputs.shape[0]
     steps = schedule.epochs * math.ceil(num / schedule.batch)
     floor = schedule.min_lr_ratio
     cosine = torch.optim.lr_scheduler.LambdaLR(
@@ -152,8 +151,9 @@ def train(
     losses: list[float] = []
     for _ in range(schedule.epochs):
         for rows in torch.randperm(num, generator=data.generator).split(schedule.batch):
-            output = function(inputs[rows])
-            loss = block_loss(output, data.targets[rows], data.float_inputs[rows], inputs[rows], schedule.objective)
+            inputs = drawn(data, rows, schedule.inputs)
+            output = function(inputs)
+            loss = block_loss(output, data.targets[rows], data.float_inputs[rows], inputs, schedule.objective)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -163,6 +163,19 @@ def train(
                 raise FloatingPointError(f"block {data.index}: the loss is {losses[-1]} after {len(losses)} steps")
             data.progress(len(losses) / steps, losses[-1])
     return losses
+
+
+def drawn(data: BlockData, rows: Tensor, inputs: Inputs) -> Tensor:
+    """What a step sees of sequences ``rows``.
+
+    The errors that arrive are what earlier blocks' roundings happened to be; trained on them as they are, a block learns to
+    undo those very errors, and the model's next run, rounded otherwise somewhere, has others (LOG.md). Mixing keeps their
+    size and takes their pattern away (QDrop, arXiv 2203.05740, does so within a block).
+    """
+    if inputs == "mixed":
+        take = torch.rand(data.inputs[rows].shape, generator=data.generator) < 0.5
+        return torch.where(take.to(data.inputs.device), data.inputs[rows], data.float_inputs[rows])
+    return data.inputs[rows] if inputs == "quantized" else data.float_inputs[rows]
 
 
 def learn_rotation(
