@@ -1,11 +1,14 @@
 """BATQuant on one real block of a tiny model: identities at its corners, and that it beats what it must beat."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from microbat.calibrate.engine import Job, calibrate
 from microbat.methods.batquant import BATQuant
 from microbat.methods.gptq import GPTQ
+from microbat.methods.learn import drawn
 from microbat.methods.learned import Learned
 from microbat.methods.rtn import RTN
 from microbat.models.base import Checkpoint
@@ -121,3 +124,16 @@ def test_unknown_choices_are_refused():
         BATQuant(g=32, g1=5)
     with pytest.raises(ValueError, match="init=balanced .* transform=full alone, not for 'gpk'"):
         BATQuant(init="balanced")
+
+
+def test_mixed_inputs_take_each_number_from_one_stream_anew_at_every_step():
+    data = SimpleNamespace(
+        inputs=torch.ones(4, 64, 32), float_inputs=torch.zeros(4, 64, 32), generator=torch.Generator().manual_seed(0)
+    )
+    rows = torch.tensor([2, 0])
+    first, second = drawn(data, rows, "mixed"), drawn(data, rows, "mixed")
+    assert first.unique().tolist() == [0, 1]
+    assert abs(first.mean() - 0.5) < 0.05
+    assert 0.4 < (first != second).double().mean() < 0.6
+    assert drawn(data, rows, "quantized").eq(1).all()
+    assert drawn(data, rows, "float").eq(0).all()
