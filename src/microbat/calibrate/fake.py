@@ -48,7 +48,7 @@ def transformed(weight: Tensor, transform: Transform | None) -> Tensor:
 
 
 @contextlib.contextmanager
-def faked(block: nn.Module, plan: Plan, weights: dict[str, Tensor], rounded: bool) -> Iterator[nn.Module]:
+def faked(block: nn.Module, plan: Plan, weights: dict[str, Tensor], rounded: bool = False) -> Iterator[nn.Module]:
     """``block`` with the linear layers of ``plan`` swapped for :class:`FakeLinear`, or for :class:`QuantLinear` where the
     weights are ``rounded``; put back at the end."""
     originals = {path: block.get_submodule(path) for site in plan.sites for path in site.weights}
