@@ -64,7 +64,9 @@ class Scheme:
         ]
         cache = quantizers[2]
         if cache is not None and sees_tensor(cache.format, cache.rule):
-            scaled = f"{cache.format.name} under rule {cache.rule!r}"
+            scaled = (
+                cache.format.name if cache.format.has_tensor_scale else f"{cache.format.name} under rule {cache.rule!r}"
+            )
             raise ValueError(
                 f"scheme {text!r}: {scaled} scales a whole tensor, and a cache grows token by token; "
                 "choose mxfp4, mxfp8_e4m3 or another format or rule without such a scale for KV"

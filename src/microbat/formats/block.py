@@ -70,12 +70,12 @@ class BlockFormat:
     def _block_level(self) -> Level:
         return self.levels[1 if self.has_tensor_scale else 0]
 
-    @property
+    @cached_property
     def inner(self) -> tuple[tuple[int, Element], ...]:
         """Levels inside a block: how many elements share a scale, and its element."""
         return tuple((int(level.group), level.element) for level in self.levels[2 if self.has_tensor_scale else 1 :])
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether it is what kernels are written for: no levels inside a block, an element of fields, division, ties to even."""
         usual = type(self.element) is Element and self.element.ties == "even"

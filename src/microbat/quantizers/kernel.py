@@ -75,19 +75,19 @@ def _best_of_tensor(x_GB: Tensor, amax_G: Tensor, element: Element) -> Tensor:
     exponents = torch.arange(TENSOR_EXPONENTS.start, TENSOR_EXPONENTS.stop, dtype=torch.int32, device=amax_G.device)
     scales_C = power_of_two(exponents)
     scales_CG = scales_C.view(-1, *(1,) * amax_G.dim()).expand(-1, *amax_G.shape)
-    errors_CG = torch.where(torch.isfinite(amax_G), _error_of_power(x_GB, scales_CG, element), 0.0)
+    errors_CG = _each(lambda scale: _error_of_power(x_GB, scale, element), scales_CG)
+    errors_CG = torch.where(torch.isfinite(amax_G), errors_CG, 0.0)
     return scales_C[errors_CG.flatten(1).sum(1, dtype=torch.float64).argmin()].expand(amax_G.shape)
 
 
 def _multiplied_scale(x_GB: Tensor, amax_G: Tensor, format: BlockFormat, rule: str) -> Tensor:
-    quotient = format.reciprocal.element.round  # type: ignore[union-attr]
-    seventh = quotient(torch.full_like(amax_G, 1 / format.max))
-    scale = format.scale_element.round(quotient(amax_G * seventh))
+    assert format.reciprocal is not None
+    rounded = format.reciprocal.element.round
+    scale = format.scale_element.round(rounded(amax_G * rounded(torch.full_like(amax_G, 1 / format.max))))
     if rule != "mse":
         return scale
-    step = 1 << (
-        FLOAT32_MANTISSA_BITS - format.scale_element.mantissa_bits
-    )  # to the next scale, in the bits of float32
+    # The next scale is one step further in the bits of float32, across binades too.
+    step = 1 << (FLOAT32_MANTISSA_BITS - format.scale_element.mantissa_bits)
     beside = ((scale.view(torch.int32) + n * step).view(torch.float32) for n in NEIGHBOURS)
     limits = 2.0**format.scale_element.emin, format.scale_element.max
     return _better(x_GB, [scale, *(s.clamp(*limits) for s in beside)], None, format)
@@ -96,11 +96,20 @@ def _multiplied_scale(x_GB: Tensor, amax_G: Tensor, format: BlockFormat, rule: s
 def _better(x_GB: Tensor, scales: list[Tensor], outer: Tensor | None, format: BlockFormat) -> Tensor:
     """Of several scales [G] for each block the one with the smallest squared error, the first of equals."""
     scales_CG = torch.stack(scales)
-    errors_CG = _squared_error(x_GB, scales_CG if outer is None else scales_CG * outer, format)
+    products_CG = scales_CG if outer is None else scales_CG * outer
+    errors_CG = _each(lambda product: _squared_error(x_GB, product, format), products_CG)
     best, least = scales[0], errors_CG[0]
     for scale, error in zip(scales[1:], errors_CG[1:], strict=True):
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
+
+
+def _each(error: Callable[[Tensor], Tensor], scales_CG: Tensor) -> Tensor:
+    """``error`` of every candidate [C, G]: compiled as one loop, which unrolled takes minutes to compile; eagerly one after the
+    other, which takes the memory of one."""
+    if torch.compiler.is_compiling():
+        return error(scales_CG)
+    return torch.stack([error(scale_G) for scale_G in scales_CG])
 
 
 def inner_codes(x_GB: Tensor, scale_G: Tensor, format: BlockFormat) -> Tensor | None:
