@@ -7,7 +7,7 @@ import torch
 
 from microbat.formats.block import BlockFormat
 from microbat.formats.hifloat import HIF4, HIF8
-from microbat.formats.integer import INT8_ROW
+from microbat.formats.integer import INT4_GROUP, INT8_ROW
 from microbat.formats.microscaling import (
     MXFP4,
     MXFP6_E2M3,
@@ -173,7 +173,7 @@ def test_packed_bytes_are_what_bits_per_element_says(format):
 @pytest.mark.parametrize(
     ("format", "rule"),
     [(MXFP4, "even"), (MXFP4, "mse"), (MXFP8_E4M3, "rceil"), (NVFP4, "absmax"), (NVFP4, "four_over_six"),
-     (HIF4, "absmax"), (HIF8, "floor")],
+     (INT4_GROUP, "absmax"), (HIF4, "absmax"), (HIF8, "floor")],
     ids=name,
 )  # fmt: skip
 def test_fused_kernels_give_the_eager_bits(format, rule):
