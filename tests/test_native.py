@@ -17,7 +17,7 @@ from microbat.transforms.hadamard import BlockHadamard
 from microbat.transforms.kronecker import GPK, FullBlocks, NaiveKronecker
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="microbat was installed without a C++ compiler")
-CASES = [(f, rule) for f in formats().values() for rule in rules_for(f) if native.has_rule(rule)]
+CASES = [(f, rule) for f in formats().values() for rule in rules_for(f) if native.knows(f, rule)]
 
 
 def generator(seed):
@@ -121,7 +121,9 @@ def test_what_the_kernels_do_not_take():
     assert not native.available(x.T)
     assert not native.available(x.double())
     assert not native.available(x[:0])
-    assert not native.has_rule("mse")
+    assert not native.knows(formats()["mxfp4"], "mse")
+    assert not native.knows(formats()["hif8"], "floor")
+    assert not native.knows(formats()["hif4"])
     out = torch.empty(4, 64, dtype=torch.float16)
     quantizer = AbsMax(format=formats()["mxfp4"])
     assert torch.equal(quantizer.fake(x, out=out), quantizer.fake(x).to(torch.float16))

@@ -63,8 +63,12 @@ class SiteInput(nn.Module):
         return self._once(x, packed=False)  # type: ignore[return-value]
 
     def packed(self, x: Tensor) -> Packed | None:
-        """The activation in its own bits, on devices that have the kernel; None where it stays in floats."""
-        return None if self.quantizer is None else self._once(x, packed=True)  # type: ignore[return-value]
+        """The activation in its own bits, on devices that have the kernel; None where it stays in floats, or the kernel does not
+        know its format."""
+        known = self.quantizer is not None and kernels.knows(
+            _rounding(self.quantizer).format, _rounding(self.quantizer).rule
+        )
+        return None if not known else self._once(x, packed=True)  # type: ignore[return-value]
 
     def _once(self, x: Tensor, *, packed: bool) -> Tensor | Packed | None:
         shared = self._shared
@@ -146,7 +150,7 @@ class _OnePass:
         if isinstance(quantizer, Clip) and (quantizer.whole or quantizer.logits is not None):
             return cls(native=False, triton=False)
         rounding = _rounding(quantizer)
-        known = native.has_rule(rounding.rule)
+        known = native.knows(rounding.format, rounding.rule)
         if transform is None:
             return cls(native=known, triton=False)
         trains = any(parameter.requires_grad for parameter in transform.parameters())
@@ -154,7 +158,9 @@ class _OnePass:
             return cls(native=False, triton=False)
         return cls(
             native=known and transform.block <= native.LARGEST_MAP and not rounding.format.has_tensor_scale,
-            triton=kernels.has_map(transform.block) and rounding.format.block is not None,
+            triton=kernels.knows(rounding.format, rounding.rule)
+            and kernels.has_map(transform.block)
+            and rounding.format.block is not None,
         )
 
 

@@ -78,16 +78,16 @@ def available(*tensors: Tensor) -> bool:
     )
 
 
-def has_rule(rule: str) -> bool:
-    """Whether the kernels know this scale rule (all but ``mse``, which tries two scales per block)."""
-    return rule in RULES
+def knows(format: BlockFormat, rule: str = "") -> bool:
+    """Whether the kernels compute this format, and scales by this rule: all but those that try several scales per block."""
+    return format.is_plain and (not rule or rule in RULES)
 
 
 @functools.cache
 def has_product(format: BlockFormat) -> bool:
     """Whether :func:`product` has instructions for the format on this processor; the portable one decodes row by row."""
     lib = library()
-    return lib is not None and bool(lib.microbat_has_product(byref(_format(format, ""))))
+    return lib is not None and knows(format) and bool(lib.microbat_has_product(byref(_format(format, ""))))
 
 
 class Map:

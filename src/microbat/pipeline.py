@@ -333,14 +333,17 @@ def _picture(layer: str, before: Tensor, after: Tensor, quantizer: Quant) -> dic
         clipped,
         inner.scales(before).product,
         inner.scales(clipped).product,
-        inner.format.element.grid.tolist(),
+        inner.format.grid.tolist(),
         inner.format.block_of(before.shape[-1]),
     )
 
 
 def _contract(scheme: Scheme) -> dict[str, Any]:
     def role(quantizer: Any) -> dict[str, str] | None:
-        return quantizer and {"format": quantizer.format.name, "scale_rule": quantizer.rule}
+        if quantizer is None:
+            return None
+        exception = {} if quantizer.format.element.ties == "even" else {"rounding": "nearest, ties away from zero"}
+        return {"format": quantizer.format.name, "scale_rule": quantizer.rule, **exception}
 
     return {
         "scheme": scheme.text,

@@ -7,12 +7,23 @@ import re
 from dataclasses import dataclass
 
 from microbat.formats.block import BlockFormat
+from microbat.formats.scales import sees_tensor
 from microbat.quantizers.base import AbsMax
 from microbat.registry import instances, unknown
 
 DEFAULT_FORMATS = {4: "mxfp4", 6: "mxfp6_e2m3", 8: "mxfp8_e4m3"}
 PATTERN = re.compile(r"W(?P<w>\d+)A(?P<a>\d+)(KV(?P<kv>\d+))?(:(?P<formats>[\w,]+))?", re.IGNORECASE)
-EXAMPLES = ("W4A4KV16", "W4A8KV16", "W4A8KV8", "W4A8KV4", "W4A16", "W8A8", "W4A4KV16:nvfp4", "W4A8:int4,int8")
+EXAMPLES = (
+    "W4A4KV16",
+    "W4A8KV16",
+    "W4A8KV8",
+    "W4A8KV4",
+    "W4A16",
+    "W8A8",
+    "W4A4KV16:nvfp4",
+    "W4A8:int4,int8",
+    "W4A4KV8:hif4,hif8",
+)
 
 
 def formats() -> dict[str, BlockFormat]:
@@ -51,10 +62,14 @@ class Scheme:
         quantizers = [
             cls._quantizer(text, role, int(match[key] or 16), named, known, scale_rule) for role, key in ROLES
         ]
-        if quantizers[2] is not None and quantizers[2].format.has_tensor_scale:
+        cache = quantizers[2]
+        if cache is not None and sees_tensor(cache.format, cache.rule):
+            scaled = (
+                cache.format.name if cache.format.has_tensor_scale else f"{cache.format.name} under rule {cache.rule!r}"
+            )
             raise ValueError(
-                f"scheme {text!r}: {quantizers[2].format.name} scales a whole tensor, and a cache grows token by token; "
-                "choose mxfp4, mxfp8_e4m3 or another format without such a scale for KV"
+                f"scheme {text!r}: {scaled} scales a whole tensor, and a cache grows token by token; "
+                "choose mxfp4, mxfp8_e4m3 or another format or rule without such a scale for KV"
             )
         unused = {f.name for f in named.values()} - {q.format.name for q in quantizers if q}
         if unused:

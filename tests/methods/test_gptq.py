@@ -3,15 +3,17 @@
 import pytest
 import torch
 
+from microbat.formats.block import QTensor
+from microbat.formats.hifloat import HIF4, HIF8, S1P2
 from microbat.formats.integer import INT4_GROUP, INT8_ROW
 from microbat.formats.microscaling import MXFP4, NVFP4
-from microbat.methods.base import Statistics
+from microbat.methods.base import Solution, Statistics
 from microbat.methods.gptq import GPTQ, inverse_cholesky
 from microbat.methods.rtn import RTN
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 
-FORMATS = [MXFP4, NVFP4, INT4_GROUP, INT8_ROW]
+FORMATS = [MXFP4, NVFP4, INT4_GROUP, INT8_ROW, HIF4, HIF8]
 
 
 def problem(N=24, K=96, T=500, seed=0):
@@ -67,6 +69,48 @@ def test_columns_follow_the_textbook_recursion():
     got = GPTQ().solve(weight, quantizer, Statistics(hessian=hessian(x))).weight.dequantize()
     # Ties aside, float32 updates and float64 ones round alike.
     assert (got.double() == expected).double().mean() > 0.99
+
+
+def test_a_unit_s_scales_are_fixed_when_its_first_column_is_reached():
+    """HiF4: scale and flags from the weights as updated by then; its columns one by one, each under its own product of scales."""
+    weight, x = problem(N=5, K=128)
+    quantizer = AbsMax(format=HIF4)
+    h = hessian(x)
+    h += 0.01 * h.diagonal().mean() * torch.eye(128, dtype=torch.float64)
+    w, expected = weight.double().clone(), torch.zeros(5, 128, dtype=torch.float64)
+    units = []
+    for j in range(128):
+        if j % 64 == 0:
+            scales = quantizer.scales(w[:, j : j + 64].float())
+            units.append(scales.inner)
+            lane = HIF4.factors(scales.inner)[:, 0].double() * scales.block.double()
+            reciprocal = (1 / scales.block).to(torch.bfloat16).double() * scales.block.double() / lane
+        t = (w[:, j : j + 1] * reciprocal[:, j % 64, None]).float()
+        q = S1P2.round(t).double() * lane[:, j % 64, None]
+        expected[:, j] = q[:, 0]
+        inverse = torch.linalg.inv(h[j:, j:])
+        w[:, j:] -= (w[:, j : j + 1] - q) / inverse[0, 0] * inverse[0]
+    got = GPTQ().solve(weight, quantizer, Statistics(hessian=hessian(x))).weight
+    assert (got.inner == torch.cat(units, dim=1)).float().mean() > 0.99
+    assert (got.dequantize().double() == expected).double().mean() > 0.99
+
+
+def test_columns_of_a_unit_beat_the_unit_at_once():
+    """The authors' hook and AMCT quantize 64 columns at once, then hand on the error of each over the diagonal of U."""
+    weight, x = problem(N=24, K=256, T=900)
+    quantizer, h = AbsMax(format=HIF4), hessian(x)
+    factor = inverse_cholesky(h, 0.01, torch.zeros(256, dtype=torch.bool))[0].float()
+    w, parts = weight.clone(), []
+    for start in range(0, 256, 64):
+        stop = start + 64
+        parts.append(quantizer.quantize(w[:, start:stop]))
+        error = (w[:, start:stop] - parts[-1].dequantize()) / factor.diagonal()[start:stop]
+        w[:, stop:] -= error @ factor[start:stop, stop:]
+    codes, scales, inner = (torch.cat([getattr(q, k) for q in parts], dim=1) for k in ("codes", "scales", "inner"))
+    at_once = QTensor(format=HIF4, codes=codes, scales=scales, inner=inner)
+    by_column = GPTQ().solve(weight, quantizer, Statistics(hessian=h))
+    direct = loss(RTN().solve(weight, quantizer, None), weight, x)
+    assert loss(by_column, weight, x) < 0.7 * loss(Solution(weight=at_once), weight, x) < 0.7 * direct
 
 
 def test_dead_inputs_are_stored_as_zero():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from microbat.formats.block import BlockFormat
+from microbat.formats.hifloat import HIF4, HIF8
 from microbat.formats.integer import INT4_GROUP, INT8_ROW
 from microbat.formats.microscaling import (
     MXFP4,
@@ -20,9 +21,10 @@ from microbat.formats.packing import pack, unpack
 from microbat.formats.scales import rules_for
 from microbat.quantizers import kernel
 from microbat.quantizers.base import AbsMax, Scales
+from microbat.scheme import formats
 
 MX = [MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXFP8_E5M2, MXINT8]
-ALL = [*MX, NVFP4, INT8_ROW, INT4_GROUP]
+ALL = list(formats().values())
 WITH_RULES = [(f, r) for f in ALL for r in rules_for(f)]
 
 
@@ -169,13 +171,16 @@ def test_packed_bytes_are_what_bits_per_element_says(format):
 
 
 @pytest.mark.parametrize(
-    ("format", "rule"), [(MXFP4, "even"), (MXFP4, "mse"), (MXFP8_E4M3, "rceil"), (NVFP4, "absmax")], ids=name
-)
+    ("format", "rule"),
+    [(MXFP4, "even"), (MXFP4, "mse"), (MXFP8_E4M3, "rceil"), (NVFP4, "absmax"), (NVFP4, "four_over_six"),
+     (INT4_GROUP, "absmax"), (HIF4, "absmax"), (HIF8, "floor")],
+    ids=name,
+)  # fmt: skip
 def test_fused_kernels_give_the_eager_bits(format, rule):
-    block = format.block
+    block = format.block_of(64)
     x = spread(kernel.EAGER_BELOW // block + 3, block)
     low, high = (torch.rand(len(x), generator=torch.Generator().manual_seed(s)) for s in (1, 2))
-    outer = kernel.tensor_scale(x.abs().amax(), format) if format.has_tensor_scale else None
+    outer = kernel.tensor_scale(x.abs().amax(), format, rule) if format.has_tensor_scale else None
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
     for ratios in ((low, high), (None, None)):
         fused_y, eager_y = torch.empty_like(x), torch.empty_like(x)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from microbat.formats.hifloat import HIF4
 from microbat.formats.microscaling import MXFP4
+from microbat.formats.scales import rules_for
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.scheme import formats
@@ -27,7 +29,7 @@ def test_ratio_one_is_no_clipping():
 def test_fake_is_quantize_of_the_clipped(name, whole):
     x = data(5, 96)
     quantizer = AbsMax(format=formats()[name])
-    blocks = 1 if whole else 96 // quantizer.format.block_of(96)
+    blocks = 1 if whole else -(-96 // quantizer.format.block_of(96))
     ratios = torch.rand(blocks, 2, generator=torch.Generator().manual_seed(1))
     clip = Clip(quantizer, ratios, whole=whole)
     assert torch.equal(clip.fake(x), quantizer.fake(clip.clip(x)))
@@ -82,14 +84,31 @@ def test_gradients_equal_those_of_the_formula():
     assert (clip.logits.grad != 0).all()
 
 
-@pytest.mark.parametrize("rule", ["floor", "ceil", "even", "rceil", "mse"])
+@pytest.mark.parametrize(
+    ("name", "rule"), [(n, r) for n, f in formats().items() if not f.has_tensor_scale for r in rules_for(f)]
+)
 @pytest.mark.parametrize("ratios", [None, (0.7, 0.9), (1.0, 1.0)])
-def test_the_gradient_is_homogeneous(rule, ratios):
+def test_the_gradient_is_homogeneous(name, rule, ratios):
     """Scaling a block scales its values: Euler's sum x dL/dx = sum y dL/dy in every block."""
-    x = data(6, 64, seed=7).requires_grad_()
-    grad = data(6, 64, seed=8)
+    format = formats()[name]
+    block = format.block_of(128)
+    x = data(6, 128, seed=7).requires_grad_()
+    grad = data(6, 128, seed=8)
     low, high = (None, None) if ratios is None else (torch.tensor(r) for r in ratios)
-    y = AbsMax(format=MXFP4, rule=rule).fake(x, low, high)
+    y = AbsMax(format=format, rule=rule).fake(x, low, high)
     y.backward(grad)
-    by_input, by_output = ((a * b).unflatten(-1, (2, 32)).sum(-1) for a, b in ((x, x.grad), (y, grad)))
+    by_input, by_output = ((a * b).unflatten(-1, (-1, block)).sum(-1) for a, b in ((x, x.grad), (y, grad)))
     torch.testing.assert_close(by_input, by_output, rtol=1e-4, atol=1e-4)
+
+
+def test_scales_inside_a_block_saturate_where_their_part_does():
+    """HiF4: what is beyond its own part's reach passes its gradient to the block's largest, as in other formats."""
+    x = torch.zeros(64)
+    x[0], x[1], x[8], x[9] = 7.0, 1.0, 3.9, 0.5  # S = 1; the second eighth is not doubled, its first half is: up to 3.5
+    x.requires_grad_()
+    y = AbsMax(format=HIF4).fake(x)
+    assert y[[0, 1, 8, 9]].tolist() == [7, 1, 3.5, 0.5]
+    y.sum().backward()
+    assert x.grad[[1, 9]].tolist() == [1, 1]
+    assert x.grad[8] == 0
+    assert x.grad[0].item() == pytest.approx(((7 + 1 + 3.5 + 0.5) - (1 + 0.5)) / 7)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from microbat import native
+from microbat import kernels, native
 from microbat.linear import SiteInput
 from microbat.quantizers.base import AbsMax
 from microbat.runtime import packed, reference
@@ -29,10 +29,12 @@ def inputs(tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 40])
-@pytest.mark.parametrize("activation", [None, "mxfp8_e4m3", "mxfp4", "nvfp4", "int8"])
+@pytest.mark.parametrize("activation", [None, "mxfp8_e4m3", "mxfp4", "nvfp4", "int8", "hif4", "hif8"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(formats()))
 def test_product_is_the_exact_one_but_for_the_sums(name, backend, activation, tokens):
+    if not packed.BACKENDS[backend].fits(formats()[name], "cpu"):
+        pytest.skip(f"{backend} does not run {name}")
     quantizer = AbsMax(format=formats()[activation]) if activation else None
     weight, linear = layer(formats()[name], backend, activation=quantizer)
     x = inputs(tokens)
@@ -92,6 +94,23 @@ def test_backends_by_name():
     assert packed.best(formats()["mxfp4"], "cuda") == ("triton" if installed else "torch")
     with pytest.raises(ValueError, match="backend 'triton' does not run mxfp4 on 'cpu' here"):
         layer(formats()["mxfp4"], "triton")
+
+
+@pytest.mark.parametrize("name", ["hif8", "hif4", "hif4_amct", "hif4_ascend"])
+def test_hifloat_runs_from_its_bits_by_torch_alone(name, monkeypatch):
+    format = formats()[name]
+    for backend in ("native", "triton"):
+        with pytest.raises(ValueError, match=f"backend '{backend}' does not run {name} on 'cpu' here"):
+            layer(format, backend)
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")  # as if there were a GPU with Triton
+    monkeypatch.setattr(kernels, "_installed", lambda: True)
+    assert not packed.BACKENDS["triton"].fits(format, "cpu")
+    assert packed.best(format, "cpu") == "torch"
+    assert SiteInput(None, AbsMax(format=format)).packed(inputs(3)) is None  # what Triton does not know stays in floats
+    weight, linear = layer(format, "auto")
+    assert torch.equal(linear.dequantize(), weight.dequantize())
+    assert linear.nbytes == weight.nbytes or format.block  # K has a tail here, that 64 does not divide
+    assert torch.equal(linear.to(torch.bfloat16).dequantize(), weight.dequantize())
 
 
 def test_the_portable_product(monkeypatch):

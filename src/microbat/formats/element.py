@@ -1,7 +1,8 @@
 """Scalar number formats as values: everything about a format is derived from a few integers.
 
 An element is a sign-magnitude floating-point format (OCP MX v1.0, section 5.3) or a two's complement fixed-point
-one (``exponent_bits == 0``). Rounding is to nearest, ties to even, saturating at the largest finite magnitude.
+one (``exponent_bits == 0``). Rounding is to nearest, ties to even unless the format says away from zero, saturating at the
+largest finite magnitude. A format whose codes are laid out otherwise is a class of its own (``formats.hifloat``).
 Exponents come from the bits of the float32 value, never from ``log2``, so that they are right for every input.
 """
 
@@ -25,6 +26,12 @@ def power_of_two(exponent: Tensor) -> Tensor:
     return torch.where(exponent <= -FLOAT32_BIAS, 1 << (FLOAT32_MANTISSA_BITS - 1), normal).view(torch.float32)
 
 
+def round_away(x: Tensor) -> Tensor:
+    """Nearest integer of ``x`` >= 0, ties up. Not floor(x + 0.5): that sum may itself round up, from just below a tie."""
+    whole = x.trunc()
+    return whole + (x - whole >= 0.5)
+
+
 def exponent_of(x: Tensor) -> Tensor:
     """floor(log2|x|) as int32 for float32 ``x``, from the bits; -127 for zeros and subnormals, 128 for Inf and NaN."""
     bits = x.view(torch.int32) & 0x7FFFFFFF
@@ -37,8 +44,9 @@ class Element:
 
     ``bias`` is the exponent bias; for fixed point (``exponent_bits == 0``) it is the number of fraction bits, so the
     step is ``2**-bias``. ``specials`` says which codes are no numbers: ``none``; ``nan``, the all-ones code alone
-    (E4M3, E8M0); ``ieee``, the whole top binade (E5M2, bfloat16, float32). Two's complement formats leave their most
-    negative code unused, so that the grid is symmetric.
+    (E4M3, E8M0); ``ieee``, the whole top binade (E5M2, bfloat16, float32). Without ``subnormals`` there is no zero either:
+    the lowest field is a binade like the others (E8M0, E6M2). Two's complement formats leave their most negative code
+    unused, so that the grid is symmetric.
     """
 
     name: str
@@ -47,6 +55,8 @@ class Element:
     bias: int
     signed: bool = True
     specials: Literal["none", "nan", "ieee"] = "none"
+    subnormals: bool = True
+    ties: Literal["even", "away"] = "even"
 
     @property
     def is_fixed_point(self) -> bool:
@@ -66,7 +76,7 @@ class Element:
         """Exponent of the smallest normal number; for fixed point, of the whole range."""
         if self.is_fixed_point:
             return self.mantissa_bits - self.bias
-        return -self.bias if self.is_power_of_two else 1 - self.bias
+        return 1 - self.bias if self.subnormals else -self.bias
 
     @property
     def emax(self) -> int:
@@ -76,6 +86,12 @@ class Element:
         top = (1 << self.exponent_bits) - 1 - self.bias
         only_special_in_binade = self.specials == "nan" and self.mantissa_bits == 0
         return top - 1 if self.specials == "ieee" or only_special_in_binade else top
+
+    @property
+    def home(self) -> int:
+        """The exponent that the largest magnitude of a block belongs in: that of the largest number, unless precision falls
+        off before it."""
+        return self.emax
 
     @property
     def max(self) -> float:
@@ -94,19 +110,24 @@ class Element:
         return 2.0 ** (self.emin - self.mantissa_bits)
 
     def round(self, x: Tensor) -> Tensor:
-        """Nearest value of the format (float32 in, float32 out), ties to even, saturating; NaN stays NaN."""
+        """Nearest value of the format (float32 in, float32 out), saturating; NaN stays NaN."""
         if self.mantissa_bits == FLOAT32_MANTISSA_BITS:
             return x
-        if self.exponent_bits == 8:  # the range of float32 itself: bfloat16
-            return x.to(torch.bfloat16).to(torch.float32)
+        if self.exponent_bits == 8:  # the range of float32 itself: bfloat16, by the bits, as torch.compile drops casts
+            bits = x.view(torch.int32)
+            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+            return torch.where(x.isnan(), x, nearest.view(torch.float32))
         if self.is_fixed_point:
             return torch.round(x * 2.0**self.bias).clamp(-self._max_code, self._max_code) * 2.0**-self.bias
         # Adding and taking away 2**(e + 23 - mantissa_bits), e the exponent of x, leaves float32 room for exactly
         # mantissa_bits below it: the hardware's own rounding to nearest even does the work.
-        magnitude = x.abs().clamp(max=self.max)
+        magnitude = x.abs().clamp(min=None if self.subnormals else 2.0**self.emin, max=self.max)
         binade = (magnitude.view(torch.int32) & EXPONENT_MASK).clamp(
             min=(self.emin + FLOAT32_BIAS) << FLOAT32_MANTISSA_BITS
         )
+        if self.ties == "away":
+            step = (binade - (self.mantissa_bits << FLOAT32_MANTISSA_BITS)).view(torch.float32)
+            return (round_away(magnitude / step) * step).clamp(max=self.max).copysign(x)
         room = (FLOAT32_MANTISSA_BITS - self.mantissa_bits) << FLOAT32_MANTISSA_BITS
         shift = (binade + room).view(torch.float32)
         return ((magnitude + shift) - shift).copysign(x)
@@ -116,7 +137,7 @@ class Element:
         if self.is_fixed_point:
             return (x * 2.0**self.bias).to(torch.int32).bitwise_and((1 << self.bits) - 1).to(torch.uint8)
         bits = x.abs().view(torch.int32)
-        first_field = 0 if self.is_power_of_two else 1  # of the smallest normal number
+        first_field = 1 if self.subnormals else 0  # of the smallest normal number
         shifted_exponent = (FLOAT32_BIAS + self.emin - first_field) << self.mantissa_bits
         normal = (bits >> (FLOAT32_MANTISSA_BITS - self.mantissa_bits)) - shifted_exponent
         subnormal = (x.abs() * 2.0 ** (self.mantissa_bits - self.emin)).to(torch.int32)
@@ -161,9 +182,7 @@ class Element:
             return float("nan")
         if self.specials == "ieee" and field == (1 << self.exponent_bits) - 1:
             return sign * float("inf") if mantissa == 0 else float("nan")
-        if self.is_power_of_two:
-            return 2.0 ** (field - self.bias)
-        if field == 0:
+        if field == 0 and self.subnormals:
             return sign * mantissa * self.min_subnormal
         return sign * (1 + mantissa / (1 << self.mantissa_bits)) * 2.0 ** (field - self.bias)
 
@@ -177,6 +196,6 @@ INT4 = Element(name="int4", exponent_bits=0, mantissa_bits=3, bias=0)
 INT8 = Element(name="int8", exponent_bits=0, mantissa_bits=7, bias=0)
 MXINT8_ELEMENT = Element(name="mxint8", exponent_bits=0, mantissa_bits=7, bias=6)
 
-E8M0 = Element(name="e8m0", exponent_bits=8, mantissa_bits=0, bias=127, signed=False, specials="nan")
+E8M0 = Element(name="e8m0", exponent_bits=8, mantissa_bits=0, bias=127, signed=False, specials="nan", subnormals=False)
 BF16 = Element(name="bf16", exponent_bits=8, mantissa_bits=7, bias=127, specials="ieee")
 FP32 = Element(name="fp32", exponent_bits=8, mantissa_bits=23, bias=127, specials="ieee")

@@ -14,7 +14,23 @@ mse       floor or floor + 1, whichever has the       per-block search; a tie ta
           smaller squared error in its block
 ========  ==========================================  ==========================================================
 
-Scales that are no powers of two (NVFP4, INT) have one rule, ``absmax``: amax / M rounded to the scale's format.
+An element whose precision tapers off (HiF8) wants its numbers around 1, not at the end of its range: ``floor`` brings amax into
+the largest binade with all mantissa bits, ``mse`` may go one further, and there are
+
+========  ==========================================  ==========================================================
+unit      0                                           HiF8's direct cast
+pts       the tensor's best of -5 ... 4 by squared    HiF8's per-tensor scaling (the paper searches the same ten
+          error; a tie takes the smallest             by each layer's output)
+========  ==========================================  ==========================================================
+
+Scales that are no powers of two (NVFP4, INT, HiF4) have ``absmax``: amax / M rounded to the scale's format. Besides:
+
+=============  ==============================================================================================
+four_over_six  NVFP4: amax becomes 6 or 4, whichever has the smaller squared error in its block; a tie takes 6. The
+               tensor's scale leaves room for both: the largest block scale is 256 for 6, 384 for 4. Four Over Six:
+               More Accurate NVFP4 Quantization with Adaptive Block Scaling, Cook et al., arXiv 2512.02010
+mse            HiF4: the best of seven neighbouring scales, three to each side of absmax's, by squared error
+=============  ==============================================================================================
 """
 
 import math
@@ -30,7 +46,7 @@ MANTISSA_MASK = (1 << FLOAT32_MANTISSA_BITS) - 1
 
 
 def floor(amax: Tensor, element: Element) -> Tensor:
-    return exponent_of(amax) - element.emax
+    return exponent_of(amax) - element.home
 
 
 def even(amax: Tensor, element: Element) -> Tensor:
@@ -51,23 +67,39 @@ def ceil(amax: Tensor, element: Element) -> Tensor:
     return floor(amax, element) + (mantissa > 0).to(torch.int32)
 
 
+def unit(amax: Tensor, element: Element) -> Tensor:
+    return torch.zeros_like(amax, dtype=torch.int32)
+
+
 POWER_OF_TWO_RULES: dict[str, Callable[[Tensor, Element], Tensor]] = {
     "floor": floor,
     "even": even,
     "rceil": rceil,
     "ceil": ceil,
+    "unit": unit,
 }
-SCALE_RULES = (*POWER_OF_TWO_RULES, "mse", "absmax")
+TENSOR_EXPONENTS = range(-5, 5)  # of scales under ``pts``: values are multiplied by 2^5 ... 2^-4
+NEIGHBOURS = (-1, 1, -2, 2, -3, 3)  # scales that ``mse`` tries besides that of ``absmax``, the nearest first
+WHOLE_TENSOR_RULES = ("pts",)
 
 
 def rules_for(format: BlockFormat) -> tuple[str, ...]:
     """The names of the rules that ``format`` can be used with."""
-    return (*POWER_OF_TWO_RULES, "mse") if format.scale_element.is_power_of_two else ("absmax",)
+    if format.scale_element.is_power_of_two:
+        tapers = format.element.home < format.element.emax
+        return ("floor", "mse", "unit", "pts") if tapers else ("floor", "even", "rceil", "ceil", "mse")
+    if format.element == E2M1:
+        return "absmax", "four_over_six"
+    return ("absmax",) if format.scale_element.subnormals else ("absmax", "mse")
+
+
+def sees_tensor(format: BlockFormat, rule: str) -> bool:
+    """Whether a block's scale depends on the whole tensor, so that a tensor that grows has none."""
+    return format.has_tensor_scale or rule in WHOLE_TENSOR_RULES
 
 
 def default_rule(format: BlockFormat) -> str:
     """The rule that serves best: ``even`` for MXFP4 (within 1 % of the per-block optimum, and what engines compute for
     activations), ``rceil`` where precision is ample and saturation is the larger error."""
-    if not format.scale_element.is_power_of_two:
-        return "absmax"
-    return "even" if format.element == E2M1 else "rceil"
+    preferred = "even" if format.element == E2M1 else "rceil"
+    return preferred if preferred in rules_for(format) else rules_for(format)[0]

@@ -9,15 +9,23 @@ tensors' own device (Triton left alone takes the current one). Callers ask
 import functools
 import importlib.util
 
+from microbat.formats.block import BlockFormat
+
 DEVICE = (
     "cuda"  # the type of device that Triton compiles for (ROCm's GPUs have it too); tests say "cpu": its interpreter
 )
+RULES = ("floor", "even", "rceil", "ceil", "mse", "absmax")
 LARGEST_MAP = 128  # lanes of a transform's block
 
 
 def runs_on(device: str) -> bool:
     """Whether these kernels run on a device of this type: on a GPU, where Triton is installed."""
     return device == DEVICE and _installed()
+
+
+def knows(format: BlockFormat, rule: str = "") -> bool:
+    """Whether the kernels compute this format, and scales by this rule."""
+    return format.is_plain and (not rule or rule in RULES)
 
 
 def has_map(block: int) -> bool:

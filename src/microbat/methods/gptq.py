@@ -7,10 +7,13 @@ With H = X^T X + damping and U the upper Cholesky factor of H^-1, columns are ro
     (2)  w_l <- w_l - e_j U_jl   for l > j
 
 Differs from the authors' code in: a block's scales come from its weights as updated so far, never from stale ones
-(sheet B3, T6); saturated values stay in the error; H and its factor are float64; a singular H is never replaced: the
-damping is raised tenfold until the factor exists, and what it took is recorded; the columns of one format block are
-rounded in a row and everything to their right is updated by one product. On a GPU a Triton kernel rounds 128 columns in one
-launch (``kernels.gptq``).
+(sheet B3, T6), those inside a block too (HiF4's flags), and then stay for all of its columns; saturated values stay in the
+error; H and its factor are float64; a singular H is never replaced: the damping is raised tenfold until the factor exists,
+and what it took is recorded; the columns of one format block are rounded in a row and everything to their right is updated by
+one product. On a GPU a Triton kernel rounds 128 columns in one launch (``kernels.gptq``), of formats that it knows.
+
+HiFloat's authors and AMCT round a HiF4 unit's 64 columns at once and hand on each one's error over U's diagonal. Column by
+column under frozen scales, as here, loses less (tests/methods/test_gptq.py).
 """
 
 # Shapes: N out, K in, B block size.
@@ -28,7 +31,7 @@ from microbat.formats.composite import Composite
 from microbat.methods.base import Quant, Solution, Solver, Statistics
 from microbat.quantizers.base import AbsMax, Scales
 from microbat.quantizers.clip import Clip
-from microbat.quantizers.kernel import round_blocks
+from microbat.quantizers.kernel import round_lanes
 from microbat.quantizers.mixed import Mixed
 
 DAMPING_TRIES = 6
@@ -123,37 +126,44 @@ def _round_columns(weight: Tensor, factor: Tensor, quantizer: AbsMax, chosen: Ch
 
     Columns are laid out one after the other, [K, N], so that each step reads and writes a run of memory.
     """
-    columns, element = weight.shape[1], quantizer.format.element
-    block = quantizer.format.block_of(columns)
+    columns, format = weight.shape[1], quantizer.format
+    block = format.block_of(columns)
     # A scale of the whole tensor, or of a whole row, is fixed before the loop; block scales are replaced in turn.
     scales = quantizer.scales(weight)
-    if chosen is None and kernels.runs_on(weight.device.type):
+    if chosen is None and kernels.runs_on(weight.device.type) and kernels.knows(format, quantizer.rule):
         from microbat.kernels.gptq import round_columns
 
-        fixed = {"outer": scales.tensor, "row_scale": scales.block if quantizer.format.block is None else None}
-        return round_columns(weight, factor, format=quantizer.format, rule=quantizer.rule, **fixed)
+        fixed = {"outer": scales.tensor, "row_scale": scales.block if format.block is None else None}
+        return round_columns(weight, factor, format=format, rule=quantizer.rule, **fixed)
     outer = scales.tensor if chosen is None else chosen.outer
     work_KN = weight.T.contiguous()
-    block_scales, values_KN = [], torch.empty_like(work_KN)
+    taken, values_KN = [], torch.empty_like(work_KN)
     lazy = block if block < columns else LAZY_COLUMNS
     for start in range(0, columns, lazy):
         stop = min(start + lazy, columns)
         if chosen is not None:
             cost = factor.diagonal()[start:stop].square().reciprocal()
             scale = Scales(block=chosen.block(start, work_KN[start:stop].T, cost)[:, None], tensor=outer)
-            block_scales.append(scale.block)
+            taken.append(scale)
         elif block < columns:
             scale = quantizer.scales_within(work_KN[start:stop].T, outer)
-            block_scales.append(scale.block)
+            taken.append(scale)
         else:
             scale = scales
         scale_N = scale.product[:, 0].contiguous()
+        factors_BN = None if scale.inner is None else format.factors(scale.inner)[:, 0].T.contiguous()
         errors = torch.empty_like(work_KN[start:stop])
         for j in range(start, stop):
-            values_KN[j] = round_blocks(work_KN[j, :, None], scale_N, quantizer.format)[:, 0]
-            torch.div(work_KN[j] - values_KN[j] * scale_N, factor[j, j], out=errors[j - start])
+            factors_N = None if factors_BN is None else factors_BN[j - start]
+            values_KN[j] = round_lanes(work_KN[j], scale_N, format, factors_N)
+            value_N = values_KN[j] * (scale_N if factors_N is None else scale_N * factors_N)
+            torch.div(work_KN[j] - value_N, factor[j, j], out=errors[j - start])
             work_KN[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
         work_KN[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    block_scale = torch.cat(block_scales, dim=1) if block_scales else scales.block
-    codes = element.encode(values_KN.T.contiguous())
-    return QTensor(format=quantizer.format, codes=codes, scales=block_scale, tensor_scale=outer)
+    return QTensor(
+        format=format,
+        codes=format.element.encode(values_KN.T.contiguous()),
+        scales=torch.cat([scale.block for scale in taken], dim=1) if taken else scales.block,
+        tensor_scale=outer,
+        inner=torch.cat([scale.inner for scale in taken], dim=1) if format.inner else None,
+    )

@@ -3,10 +3,10 @@
 Q-law: ``unpack(pack(q.quantize(x))).dequantize() == q.fake(x)``, bit for bit.
 """
 
-# Shapes: K last axis, G groups along K, B block size.
+# Shapes: K last axis, G groups along K, B block size, S scales inside a block.
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,13 +20,16 @@ from microbat.quantizers import kernel
 
 @dataclass(frozen=True, kw_only=True)
 class Scales:
-    """What a tensor is divided by: one value a block [..., G] and, for two-level formats, one for the tensor []."""
+    """What a tensor is divided by: one value a block [..., G]; for two-level formats one for the tensor []; codes of the scales
+    inside each block [..., G, S] where there are any."""
 
     block: Tensor
     tensor: Tensor | None = None
+    inner: Tensor | None = None
 
     @property
     def product(self) -> Tensor:
+        """One value a block [..., G]: all levels but those inside it."""
         return self.block if self.tensor is None else self.block * self.tensor
 
 
@@ -52,7 +55,7 @@ class Quantizer(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class AbsMax(Quantizer):
-    """Each block's scale from its largest magnitude by ``rule``; round to nearest, ties to even.
+    """Each block's scale from its largest magnitude by ``rule``; round to nearest.
 
     ``rule`` defaults to the one that serves the format best (:func:`microbat.formats.scales.default_rule`).
     Two steps, so that scales can be fixed before values are rounded.
@@ -75,7 +78,9 @@ class AbsMax(Quantizer):
     def scales_within(self, x: Tensor, outer: Tensor | None) -> Scales:
         """Scales of ``x`` [..., K], a part of a tensor whose outer scale is given."""
         x_GB = split_blocks(x.to(torch.float32), self.format.block_of(x.shape[-1]))
-        return Scales(block=kernel.block_scale(x_GB, x_GB.abs().amax(-1), outer, self.format, self.rule), tensor=outer)
+        block = kernel.block_scale(x_GB, x_GB.abs().amax(-1), outer, self.format, self.rule)
+        scales = Scales(block=block, tensor=outer)
+        return replace(scales, inner=kernel.inner_codes(x_GB, scales.product, self.format))
 
     def encode(self, x: Tensor, scales: Scales) -> QTensor:
         """Codes of ``x`` [..., K] under given scales; values beyond the grid saturate."""
@@ -85,12 +90,13 @@ class AbsMax(Quantizer):
             codes=self.format.element.encode(values),
             scales=scales.block,
             tensor_scale=scales.tensor,
+            inner=scales.inner,
         )
 
     def round(self, x: Tensor, scales: Scales) -> Tensor:
         """Element values (before they are scaled back) of ``x`` [..., K]."""
         x_GB = split_blocks(x.to(torch.float32), self.format.block_of(x.shape[-1]))
-        return join_blocks(kernel.round_blocks(x_GB, scales.product, self.format), x.shape[-1])
+        return join_blocks(kernel.round_blocks(x_GB, scales.product, self.format, scales.inner), x.shape[-1])
 
     def quantize(self, x: Tensor) -> QTensor:
         return self.encode(x, self.scales(x))
@@ -106,7 +112,7 @@ class AbsMax(Quantizer):
         and without a gradient: a buffer used again costs a CPU a third of a fresh one.
         """
         width = x.shape[-1]
-        if native.available(x) and native.has_rule(self.rule) and not _needs_gradient(x, low, high):
+        if native.available(x) and native.knows(self.format, self.rule) and not _needs_gradient(x, low, high):
             y = torch.empty(x.shape, dtype=_matmul_dtype(x.device)) if out is None else out
             if native.available(y):
                 ratios = None if low is None or high is None else torch.stack((low, high), dim=-1)
@@ -157,7 +163,7 @@ class AbsMax(Quantizer):
         low, high = (None, None) if ratios is None else ratios.unbind(-1)
         settings: dict[str, Any] = {"format": self.format, "blocks": blocks, "low": low, "high": high}
         amax = largest(x, **settings) if self.format.has_tensor_scale else None
-        outer = None if amax is None else kernel.tensor_scale(amax, self.format)
+        outer = None if amax is None else kernel.tensor_scale(amax, self.format, self.rule)
         return {**settings, "rule": self.rule, "outer": outer}
 
     def _tensor_scale(self, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor | None:
@@ -169,7 +175,7 @@ class AbsMax(Quantizer):
         else:
             smallest, largest = kernel.bounds(x.to(torch.float32), low.detach(), high.detach())
             amax = torch.maximum(-smallest, largest).amax()
-        return kernel.tensor_scale(amax.to(torch.float32), self.format)
+        return kernel.tensor_scale(amax.to(torch.float32), self.format, self.rule)
 
 
 def _matmul_dtype(device: torch.device) -> torch.dtype:

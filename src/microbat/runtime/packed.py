@@ -7,7 +7,7 @@ native     CPU, microbat built with a C++ compiler    up to 32 tokens (8 without
                                                       registers, sums are float32; more: by tiles, decoded natively
 triton     GPUs, where Triton is installed            :mod:`microbat.runtime.gpu`: codes decoded in registers, FP8 or
                                                       block-scaled tensor cores by the hardware
-torch      everywhere                                 by tiles, decoded by torch (compiled where that works)
+torch      everywhere, every format                   by tiles, decoded by torch (compiled where that works)
 =========  =========================================  ==================================================================
 
 A tile is as many rows of the weight as fit a buffer of 4 MiB, which every layer of a thread uses again. It is multiplied in
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from microbat import kernels, native
 from microbat.formats.block import BlockFormat, QTensor
-from microbat.formats.packing import SCALE_DTYPES, pack, unpack
+from microbat.formats.packing import pack, scale_dtype, unpack
 from microbat.linear import SiteInput
 from microbat.quantizers.kernel import EAGER_BELOW, can_compile, compiled
 from microbat.registry import unknown
@@ -143,9 +143,12 @@ def torch_product(layer: PackedLinear, x: Tensor) -> Tensor:
 
 BACKENDS = {  # the best first
     "native": Backend(
-        fits=lambda format, device: device == "cpu" and native.library() is not None, product=native_product
+        fits=lambda format, device: device == "cpu" and native.library() is not None and native.knows(format),
+        product=native_product,
     ),
-    "triton": Backend(fits=lambda format, device: kernels.runs_on(device), product=gpu.product),
+    "triton": Backend(
+        fits=lambda format, device: kernels.runs_on(device) and kernels.knows(format), product=gpu.product
+    ),
     "torch": Backend(fits=lambda format, device: True, product=torch_product),
 }
 
@@ -169,7 +172,7 @@ def check(name: str, format: BlockFormat, device: str) -> None:
     if not BACKENDS[name].fits(format, device):
         raise ValueError(
             f"backend {name!r} does not run {format.name} on {device!r} here (native: a CPU, and microbat installed where "
-            "there is a C++ compiler; triton: a GPU, and Triton installed)"
+            "there is a C++ compiler; triton: a GPU, and Triton installed; neither knows HiFloat formats)"
         )
 
 
@@ -227,7 +230,7 @@ def _compiled_decode(format: BlockFormat, width: int, dtype: torch.dtype) -> Cal
 def _unpack(codes: Tensor, scales: Tensor, tensor_scale: Tensor, format: BlockFormat, width: int) -> QTensor:
     parts = {
         "weight" if format.element.bits == 8 else "weight_packed": codes,
-        "weight_scale": scales.view(SCALE_DTYPES[format.scale_element]),
+        "weight_scale": scales.view(scale_dtype(format)),
         "weight_tensor_scale": tensor_scale,
     }
     return unpack(parts, format, width)

@@ -45,6 +45,7 @@ from microbat.export.folder import (
     read_shard,
 )
 from microbat.formats.block import BlockFormat
+from microbat.formats.scales import sees_tensor
 from microbat.models.base import family_of, resolve
 from microbat.registry import instances
 from microbat.runtime.fused import TokenCache, fuse, locate, not_floats
@@ -123,7 +124,8 @@ class MicrobatConfig(QuantizationConfig):
                 "to whole rows of a weight"
             )
         activations = self.contract["activations"]
-        if activations and instances("microbat.formats", BlockFormat)[activations["format"]].has_tensor_scale:
+        formats = instances("microbat.formats", BlockFormat)
+        if activations and sees_tensor(formats[activations["format"]], activations["scale_rule"]):
             if config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
                 raise ValueError(
                     f"{activations['format']} activations are scaled by the largest magnitude of a call, and CUDA graphs add "
