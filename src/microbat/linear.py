@@ -65,9 +65,8 @@ class SiteInput(nn.Module):
     def packed(self, x: Tensor) -> Packed | None:
         """The activation in its own bits, on devices that have the kernel; None where it stays in floats, or the kernel does not
         know its format."""
-        known = self.quantizer is not None and kernels.knows(
-            _rounding(self.quantizer).format, _rounding(self.quantizer).rule
-        )
+        inner = self.quantizer.inner if isinstance(self.quantizer, (Clip, Residual)) else self.quantizer
+        known = isinstance(inner, AbsMax) and kernels.knows(inner.format, inner.rule)
         return None if not known else self._once(x, packed=True)  # type: ignore[return-value]
 
     def _once(self, x: Tensor, *, packed: bool) -> Tensor | Packed | None:
