@@ -16,7 +16,7 @@ from microbat.scheme import formats
 from microbat.transforms.hadamard import BlockHadamard
 from microbat.transforms.kronecker import GPK, FullBlocks, NaiveKronecker
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="microbat was installed without a C++ compiler")
+pytestmark = pytest.mark.skipif(native.shared_object() is None, reason="microbat was installed without a C++ compiler")
 CASES = [(f, rule) for f in formats().values() for rule in rules_for(f) if native.knows(f, rule)]
 
 

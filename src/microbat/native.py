@@ -51,7 +51,7 @@ _BFLOAT16 = _Format(bits=16, scale=4)  # numbers, no codes: neither table nor sc
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def shared_object() -> ctypes.CDLL | None:
     """The built kernels; None where the package was installed without a C++ compiler."""
     found = importlib.util.find_spec("microbat._native")
     if found is None or found.origin is None:
@@ -73,7 +73,7 @@ def library() -> ctypes.CDLL | None:
 
 def available(*tensors: Tensor) -> bool:
     """Whether the kernels are built and take ``tensors``: on a CPU, float32 or BF16, contiguous, and not empty."""
-    return library() is not None and all(
+    return shared_object() is not None and all(
         t.device.type == "cpu" and t.dtype in FLOATS and t.is_contiguous() and t.numel() > 0 for t in tensors
     )
 
@@ -86,7 +86,7 @@ def knows(format: BlockFormat, rule: str = "") -> bool:
 @functools.cache
 def has_product(format: BlockFormat) -> bool:
     """Whether :func:`product` has instructions for the format on this processor; the portable one decodes row by row."""
-    lib = library()
+    lib = shared_object()
     return lib is not None and knows(format) and bool(lib.microbat_has_product(byref(_format(format, ""))))
 
 
@@ -139,7 +139,7 @@ def packed_bytes(width: int, format: BlockFormat) -> int:
 
 def dequantize(codes: Tensor, scales: Tensor, outer: float, out: Tensor, *, format: BlockFormat) -> None:
     """Write the values of packed rows to ``out`` [N, K], rounded to its dtype."""
-    library().microbat_dequantize(  # type: ignore[union-attr]
+    shared_object().microbat_dequantize(  # type: ignore[union-attr]
         codes.data_ptr(), scales.data_ptr(), *out.shape, outer, byref(_format(format, "")),
         out.data_ptr(), out.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
@@ -148,7 +148,7 @@ def dequantize(codes: Tensor, scales: Tensor, outer: float, out: Tensor, *, form
 def product(x: Tensor, codes: Tensor, scales: Tensor, outer: float, *, format: BlockFormat) -> Tensor:
     """float32 [T, N]: ``x`` [T, K] float32 times a packed weight of N rows, transposed."""
     out = torch.empty(x.shape[0], codes.shape[0])
-    library().microbat_product(  # type: ignore[union-attr]
+    shared_object().microbat_product(  # type: ignore[union-attr]
         x.data_ptr(), *x.shape, codes.data_ptr(), scales.data_ptr(), codes.shape[0], outer,
         byref(_format(format, "")), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -157,13 +157,13 @@ def product(x: Tensor, codes: Tensor, scales: Tensor, outer: float, *, format: B
 
 def has_bfloat16_product() -> bool:
     """Whether this processor multiplies BF16 numbers, and the kernels are there to do it."""
-    return library() is not None and bool(library().microbat_has_product(byref(_BFLOAT16)))  # type: ignore[union-attr]
+    return shared_object() is not None and bool(shared_object().microbat_has_product(byref(_BFLOAT16)))  # type: ignore[union-attr]
 
 
 def bfloat16_product(x: Tensor, weight: Tensor) -> Tensor:
     """float32 [T, N]: ``x`` [T, K] float32 times a BF16 weight [N, K], transposed."""
     out = torch.empty(x.shape[0], weight.shape[0])
-    library().microbat_product(  # type: ignore[union-attr]
+    shared_object().microbat_product(  # type: ignore[union-attr]
         x.data_ptr(), *x.shape, weight.data_ptr(), None, weight.shape[0], 1.0,
         byref(_BFLOAT16), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -182,7 +182,7 @@ def _quantize(
     scales: Tensor | None,
 ) -> None:
     shared = ratios is None or ratios.shape[0] == 1
-    library().microbat_quantize(  # type: ignore[union-attr]
+    shared_object().microbat_quantize(  # type: ignore[union-attr]
         x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, byref(map.struct if map else _NO_MAP),
         _pointer(ratios), 0 if shared else ratios.stride(0),  # type: ignore[union-attr]
         1.0 if outer is None else outer.item(), byref(_format(format, rule)),

@@ -14,7 +14,10 @@ from microbat.runtime.packed import Head, PackedLinear
 from microbat.scheme import formats
 
 N, K = 42, 288  # no multiple of a kernel's chunk
-BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(native.library() is None, reason="no compiler"))]
+BACKENDS = [
+    "torch",
+    pytest.param("native", marks=pytest.mark.skipif(native.shared_object() is None, reason="no compiler")),
+]
 
 
 def layer(format, backend, *, dtype=torch.float32, activation=None, bias=False):
@@ -115,7 +118,7 @@ def test_hifloat_runs_from_its_bits_by_torch_alone(name, monkeypatch):
 
 def test_the_portable_product(monkeypatch):
     """6-bit formats have no kernel of their own on any processor: their rows are decoded one at a time."""
-    if native.library() is None:
+    if native.shared_object() is None:
         pytest.skip("no compiler")
     format = formats()["mxfp6_e2m3"]
     weight = AbsMax(format=format).quantize(torch.randn(N, K, generator=torch.Generator().manual_seed(1)))

@@ -143,7 +143,7 @@ def torch_product(layer: PackedLinear, x: Tensor) -> Tensor:
 
 BACKENDS = {  # the best first
     "native": Backend(
-        fits=lambda format, device: device == "cpu" and native.library() is not None and native.knows(format),
+        fits=lambda format, device: device == "cpu" and native.shared_object() is not None and native.knows(format),
         product=native_product,
     ),
     "triton": Backend(
