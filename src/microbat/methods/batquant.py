@@ -177,7 +177,7 @@ class BATQuant(Preparer):
 def _format(site: SitePlan) -> BlockFormat:
     """The format whose blocks the site's transform is aligned with."""
     quantizer = site.activation or next(iter(site.weights.values()))
-    return quantizer.inner.format if isinstance(quantizer, Clip) else quantizer.format
+    return quantizer.format
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ the loss (LOG.md has what that is worth).
 # Shapes: S sequences, L tokens, K width; a batch is [S, L, K].
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from microbat.formats.block import QTensor
-from microbat.methods.base import BlockData, ModelData, Plan, Solver
+from microbat.methods.base import BlockData, ModelData, Plan, Quant, Solver
 from microbat.models.base import Site
 from microbat.models.rotation import RotatedCheckpoint, Rotation
 from microbat.quantizers.clip import Clip
@@ -58,15 +58,11 @@ def train_plan(data: BlockData, plan: Plan, solver: Solver, *, lr: float, clip_l
     Leaves the trained weights in ``plan.latents`` and the loss of each step in ``plan.loss``.
     """
     weights = {path: data.block.get_submodule(path).weight for site in plan.sites for path in site.weights}
-    transforms = [*(site.transform for site in plan.sites), plan.kv and plan.kv.transform, plan.values]
-    quantizers = [q for site in plan.sites for q in (site.activation, *site.weights.values())]
-    quantizers += [plan.kv.key, plan.kv.value] if plan.kv else []
-    scales = [site.scale for site in plan.sites if site.scale is not None]
-    groups: list[tuple[list[nn.Parameter], float]] = [
-        (scales, lr),
-        ([p for transform in transforms if transform is not None for p in transform.parameters()], lr),
-        ([q.logits for q in quantizers if isinstance(q, Clip) and q.logits is not None], clip_lr),
-    ]
+    maps, clips = online(plan)
+    folded = [site.scale for site in plan.sites if site.scale is not None]
+    folded += [] if plan.values is None else plan.values.parameters()
+    clips += learnable(quantizer for site in plan.sites for quantizer in site.weights.values())
+    groups: list[tuple[list[nn.Parameter], float]] = [(folded, lr), (maps, lr), (clips, clip_lr)]
     if solver.weight_lr is not None:
         weights = {path: nn.Parameter(weight.clone()) for path, weight in weights.items()}
         groups += [([w], solver.weight_lr * w.detach().square().mean().sqrt().item()) for w in weights.values()]
@@ -82,15 +78,26 @@ def refine_plan(
 
     A transform then no longer is the exact inverse of what the weights were rounded in; it undoes a part of their error.
     """
-    transforms = [*(site.transform for site in plan.sites), plan.kv and plan.kv.transform]
-    parameters = [
-        p.requires_grad_() for transform in transforms if transform is not None for p in transform.parameters()
-    ]
-    quantizers = [*(site.activation for site in plan.sites), *((plan.kv.key, plan.kv.value) if plan.kv else ())]
-    clips = [q.logits for q in quantizers if isinstance(q, Clip) and q.logits is not None]
+    maps, clips = online(plan)
+    for parameter in maps:
+        parameter.requires_grad_()
     weights = {path: tensor.dequantize() for path, tensor in codes.items()}
     function = data.faked(plan, weights, rounded=True)
-    plan.loss += train(data, function, [(parameters, lr), (clips, clip_lr)], schedule)
+    plan.loss += train(data, function, [(maps, lr), (clips, clip_lr)], schedule)
+
+
+def online(plan: Plan) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What learns of all that happens to activations and the cache when the model runs: transforms, and clips."""
+    transforms = [*(site.transform for site in plan.sites), plan.kv and plan.kv.transform]
+    quantizers = [*(site.activation for site in plan.sites), *((plan.kv.key, plan.kv.value) if plan.kv else ())]
+    return [p for transform in transforms if transform is not None for p in transform.parameters()], learnable(
+        quantizers
+    )
+
+
+def learnable(quantizers: Iterable[Quant | None]) -> list[nn.Parameter]:
+    """The logits of those that are clips and still learn."""
+    return [q.logits for q in quantizers if isinstance(q, Clip) and q.logits is not None]
 
 
 SMALLEST = 1e-5  # the floor of SmoothQuant's authors, and FlatQuant's, for both maxima

@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor, nn
 
-from microbat.formats.block import QTensor, join_blocks, split_blocks
+from microbat.formats.block import BlockFormat, QTensor, join_blocks, split_blocks
 from microbat.quantizers.base import AbsMax
 
 INIT_LOGIT = 4.0  # sigmoid 0.982, as FlatQuant starts; the paper does not say (sheet C4)
@@ -34,6 +34,10 @@ class Clip(nn.Module):
         self.inner, self.whole = inner, whole
         self.logits = None if shape is None else nn.Parameter(torch.full((*shape, 2), INIT_LOGIT))
         self.register_buffer("fixed_ratios", ratios)
+
+    @property
+    def format(self) -> BlockFormat:
+        return self.inner.format
 
     @property
     def ratios(self) -> Tensor:

@@ -215,7 +215,7 @@ class CacheMethod(BaseKVCacheMethod):
         layer.microbat = TokenCache(kv, layer.head_size).to(self.device)
         logger.info_once(
             "keys and values are rounded to %s as calibrated and stored in vLLM's own cache (%s), which does not shrink",
-            kv.key.format.name if hasattr(kv.key, "format") else kv.key.inner.format.name,
+            kv.key.format.name,
             layer.kv_cache_torch_dtype,
         )
 
