@@ -113,7 +113,7 @@ def on_triton(monkeypatch):
     from microbat.runtime import gpu, packed
 
     monkeypatch.setattr(kernels, "DEVICE", "cpu")
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "shared_object", lambda: None)
     monkeypatch.setattr(gpu, "tensor_cores", lambda device: "")
     # The interpreter multiplies bfloat16 numbers as if their bits were integers.
     monkeypatch.setattr(matmul, "OPERANDS", dict.fromkeys(matmul.OPERANDS, tl.float32))

@@ -54,7 +54,7 @@ def test_the_other_side_quantizes_nothing(folder):
 
 def test_the_verb(folder, tiny):
     def run(*arguments, code=0):
-        result = CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "200"})
+        result = CliRunner().invoke(app, ["bench", *map(str, arguments)])
         assert result.exit_code == code, result.output
         return result.output
 

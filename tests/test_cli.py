@@ -17,7 +17,7 @@ FAST = ["--num-calibration-samples", "8", "--max-seq-length", "32", "--precision
 
 
 def run(*arguments: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == code, result.output
     return result.output
 

@@ -207,9 +207,7 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(content, tmp_path):
     bad = {"title": "Sizes", "row": {"label": "x", **learned("rtn")}, "vary": {"g": [32, 128]}}
     suite = save({**content, "quick": {**content["quick"], "ablations": [bad]}}, tmp_path)
     out = tmp_path / "out"
-    done = CliRunner().invoke(
-        app, ["compare", "--suite", str(suite), "--quick", "--out", str(out)], env={"COLUMNS": "200"}
-    )
+    done = CliRunner().invoke(app, ["compare", "--suite", str(suite), "--quick", "--out", str(out)])
     assert done.exit_code == 1, done.output
     assert "g=128, seed 0: a width of 64 does not split into transform blocks of 128" in done.output
     fine, broken = json.loads((out / "comparison.json").read_text())["groups"][1]["entries"]
@@ -222,7 +220,7 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(content, tmp_path):
 def test_the_command_prints_the_table_and_says_where_the_rest_is(content, tmp_path, monkeypatch):
     suite = save(content, tmp_path)
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(app, ["compare", "--suite", str(suite), "--quick"], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(app, ["compare", "--suite", str(suite), "--quick"])
     assert done.exit_code == 0, done.output
     assert "Tiny, W4A4KV16" in done.output
     assert "* best, ≈ not distinguishable from the best" in done.output
@@ -280,9 +278,7 @@ def test_answers_in_the_models_own_words_are_kept_apart_for_each_way_of_drawing_
     evaluation = {**content["evaluation"], "tasks": ["gsm8k"], "data": str(tmp_path), "sampling": sampling}
     changed = {**content, "evaluation": evaluation}
     out = tmp_path / "out"
-    done = CliRunner().invoke(
-        app, ["compare", "--suite", str(save(changed, tmp_path)), "--quick", "--out", str(out)], env={"COLUMNS": "200"}
-    )
+    done = CliRunner().invoke(app, ["compare", "--suite", str(save(changed, tmp_path)), "--quick", "--out", str(out)])
     assert done.exit_code == 0, done.output
     result = json.loads((out / "comparison.json").read_text())
     score = {"over": "items", "unparsed": 0, "truncated": 6, "samples": 2, "n": 3}

@@ -30,7 +30,7 @@ TOKENS = torch.arange(2, 26)[None]
 
 
 def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "240"})
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == code, result.output
     return result.output
 

@@ -46,7 +46,7 @@ def made(tiny, text_file, tmp_path_factory):
 
 
 def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == code, result.output
     return result.output
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +21,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Turn a pretrained language model into a 4-bit checkpoint that keeps its accuracy, and prove what was lost.",
 )
-console = Console()
+# A pipe or a file has no width of its own: tables are not cut there.
+console = Console(width=None if sys.stdout.isatty() else 200)
 NAMES = {"perplexity": "perplexity", "ratio": "times float", "kl": "KL (nats)", "recovery": "recovery %"}
 
 
@@ -427,7 +429,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
     size = content["bytes"]
     console.print(
         f"[bold]{folder}[/]: {content['model']} ({content['family']}), "
-        f"{content['method']} + {content['solver']}, {content['scheme']}",
+        f"{' + '.join(dict.fromkeys((content['method'], content['solver'])))}, {content['scheme']}",
         highlight=False,
     )
     for role in ("weights", "activations"):
@@ -451,7 +453,8 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
         "weight error",
         "output error",
     ):
-        table.add_column(column, justify="left" if column in ("layer", "format", "backend", "transform") else "right")
+        left = column in ("layer", "format", "backend", "transform")
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
     for layer in content["layers"]:
         table.add_row(
             layer["name"],

@@ -65,7 +65,7 @@ def test_strict_stops_before_any_work(tiny, text_file, tmp_path, strict, code):
         *strict,
     ]
     command += ["--calibration", str(text_file), "--num-calibration-samples", "8", "--max-seq-length", "32"]
-    result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == code, result.output
     assert "model.layers.*.mlp.down_proj" in result.output
     assert ("--strict: re:nothing$: --ignore matches no layer" in result.output) == bool(strict)

@@ -19,7 +19,7 @@ def folder(tiny, text_file, tmp_path_factory):
 
 def test_the_files_are_the_same(folder, tmp_path):
     arguments = ["export", str(folder), "--target", "vllm-plugin", "--out", str(tmp_path / "q")]
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "microbat for vllm-plugin" in result.output
     names = sorted(file.name for file in folder.iterdir())

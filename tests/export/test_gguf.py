@@ -163,8 +163,8 @@ def test_from_the_command_line(made, tmp_path):
         "--out",
         str(tmp_path / "m.gguf"),
     ]
-    result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "m.gguf").is_file()
-    result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, command)
     assert (result.exit_code, "exists" in result.output) == (2, True)

@@ -142,7 +142,7 @@ def test_a_quantized_cache_and_inspect(tiny, text_file, tmp_path):
         (_, width), extra = layer["shape"], layer["residual_channels"]
         assert width in (64, 96, 128)
         assert layer["bits"] == pytest.approx(4.5 * (width + extra) / width, abs=0.02)
-    output = CliRunner().invoke(app, ["inspect", str(out)], env={"COLUMNS": "220"}).output
+    output = CliRunner().invoke(app, ["inspect", str(out)]).output
     assert "nvfp4 + 64 channels" in output
     assert "permutation" in output
     for target in ("transformers", "vllm"):
