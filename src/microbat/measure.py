@@ -16,7 +16,7 @@ from microbat.evaluation.windows import Windows, tokenize
 from microbat.evaluation.windows import windows as cut_windows
 from microbat.export import folder as folders
 from microbat.models.base import Checkpoint, resolve
-from microbat.pipeline import load, pick_device, tokenizer_of
+from microbat.pipeline import load, pick_device, processor_of, tokenizer_of
 from microbat.runtime.cache import new_cache
 
 HELD_TOGETHER = 8 << 30  # bytes; models that fit are held together, so that they share the reference's passes
@@ -96,7 +96,8 @@ def task_scores(model: str | Path, tasks: Tasks, *, answers: Path, device: str =
     if _is_url(model):
         return tasks.answered(Served(url=str(model), sampling=tasks.sampling), _identity(model), answers)
     loaded = load(model, device=pick_device(device))
-    return tasks.scores(loaded, tokenizer_of(model), _identity(model), answers, new_cache)
+    processor = processor_of(model) if tasks.pictured else None
+    return tasks.scores(loaded, tokenizer_of(model), _identity(model), answers, new_cache, processor)
 
 
 def held_together(model: str | Path) -> int:

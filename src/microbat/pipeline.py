@@ -26,6 +26,7 @@ from microbat.export import folder as folders
 from microbat.linear import QuantBlock
 from microbat.methods.base import ModelData, Preparer, Quant
 from microbat.models.base import Checkpoint, resolve
+from microbat.models.processor import Processor
 from microbat.models.rotation import RotatedCheckpoint, Rotation
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
@@ -179,6 +180,11 @@ def tokenizer_of(model: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(resolve(model))
+
+
+def processor_of(model: str | Path) -> Processor:
+    """What makes a picture with a prompt the inputs of a folder's model or one on the hub."""
+    return Processor(resolve(model))
 
 
 def attach(folder: str | Path, evaluation: dict[str, Any]) -> None:

@@ -68,13 +68,13 @@ def test_draws_follow_the_warped_distribution():
 
 def test_prompts_go_through_the_chat_template(parts):
     model, tokenizer = parts
-    generate = OnTheSpot(model=model, tokenizer=tokenizer, sampling=Sampling())
+    generate, hi = OnTheSpot(model=model, tokenizer=tokenizer, sampling=Sampling()), Request(prompt="Hi", seed=0)
     try:
         tokenizer.chat_template = TEMPLATE
-        assert tokenizer.decode(generate._tokens("Hi")) == "[user] Hi[a]"
+        assert tokenizer.decode(generate._inputs(hi)["input_ids"][0]) == "[user] Hi[a]"
     finally:
         tokenizer.chat_template = None
-    assert tokenizer.decode(generate._tokens("Hi")) == "Hi"
+    assert tokenizer.decode(generate._inputs(hi)["input_ids"][0]) == "Hi"
 
 
 def test_settings_of_the_models_own_are_not_mixed_in(parts):

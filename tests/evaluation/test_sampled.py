@@ -5,8 +5,9 @@ import statistics
 
 import pytest
 
-from microbat.evaluation.benchmarks import BENCHMARKS, Problem
+from microbat.evaluation.benchmarks import BENCHMARKS
 from microbat.evaluation.generation import Answer, Sampling
+from microbat.evaluation.problems import Problem
 from microbat.evaluation.sampled import run_sampled
 
 VERDICTS = {"right": True, "wrong": False, "": None}
@@ -50,10 +51,10 @@ def test_the_mean_is_over_problems_and_so_is_its_error(score):
     assert len(kept) == len(fake.asked) == 15
     assert len({(request.prompt, request.seed) for request in fake.asked}) == 15
     ids = dict.fromkeys(problem for problem, _ in kept)
-    shares = [sum(kept[id_, s]["verdict"] == "right" for s in range(3)) / 3 for id_ in ids]
-    assert result["acc"] == pytest.approx(sum(shares) / 5)
-    assert result["acc_stderr"] == pytest.approx(statistics.stdev(shares) / 5**0.5)
-    assert result["unparsed"] == sum(row["verdict"] == "unparsed" for row in kept.values()) > 0
+    shares = [sum(kept[id_, s]["score"] == 1 for s in range(3)) / 3 for id_ in ids]
+    assert result["score"] == pytest.approx(sum(shares) / 5)
+    assert result["stderr"] == pytest.approx(statistics.stdev(shares) / 5**0.5)
+    assert result["unparsed"] == sum(row["score"] is None for row in kept.values()) > 0
     assert result["truncated"] == sum(row["truncated"] for row in kept.values()) > 0
     assert (result["n"], result["samples"]) == (5, 3)
 
@@ -63,7 +64,7 @@ def test_the_benchmarks_own_number_of_samples_is_the_default(score):
 
 
 def test_one_problem_has_no_error(score):
-    assert "acc_stderr" not in score(Fake(), problems=PROBLEMS[:1])
+    assert score(Fake(), problems=PROBLEMS[:1])["stderr"] is None
 
 
 def test_an_interrupted_run_draws_only_what_is_missing(score, tmp_path):

@@ -5,18 +5,11 @@ Avg@16, GPQA-Diamond Avg@10) and two of programs, HumanEval and MBPP. The paper 
 is that of the Qwen3 model cards.
 """
 
-import json
 import random
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import Any
 
-from microbat.evaluation.judges import Judge, choice, maths, program
-
-Row = Mapping[str, Any]
-Fields = dict[str, str]
+from microbat.evaluation.judges import choice, maths, program
+from microbat.evaluation.multimodal import MULTIMODAL
+from microbat.evaluation.problems import Benchmark, Fields, Row
 
 STEP_BY_STEP = "Please reason step by step, and put your final answer within \\boxed{}."
 MATHS = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
@@ -25,79 +18,6 @@ CHOICE = (
     "Please reason step by step, and put the letter of your final choice (A, B, C or D) within \\boxed{{}}."
 )
 PROGRAM = "Write a self-contained Python program that solves this problem, in one markdown code block.\n```python\n{task}\n```"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Benchmark:
-    """Where its rows are, what is asked, who judges, how many answers per problem its published scores average."""
-
-    name: str
-    hub: tuple[str, str | None, str]  # data set, configuration, split
-    file: str  # its twin below a data folder: jsonl with the columns that ``fields`` reads
-    fields: Callable[[Row], Fields]
-    prompt: str  # a template of fields
-    judge: Callable[[Fields], Judge]
-    samples: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """What a model is asked, and who judges its answer."""
-
-    prompt: str
-    judge: Judge
-
-
-def load_problems(benchmark: Benchmark, data: Path | None = None, limit: int | None = None) -> list[Problem]:
-    """The first ``limit`` problems (None: all), from the folder ``data``, or from the hub without one.
-
-    Errors: FileNotFoundError or OSError for missing data (both name the file and the hub's data set), ValueError for
-    rows that lack a column or have an answer that the judge cannot read, ModuleNotFoundError without the extra.
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} leaves no problem; it must be at least 1, or None for all")
-    rows = _from_folder(benchmark, data.expanduser()) if data is not None else _from_hub(benchmark)
-    problems = []
-    for number, row in enumerate(islice(rows, limit), start=1):
-        try:
-            fields = benchmark.fields(row)
-            problems.append(Problem(prompt=benchmark.prompt.format(**fields), judge=benchmark.judge(fields)))
-        except KeyError as error:
-            raise ValueError(
-                f"{benchmark.name}, row {number}: no column {error} (columns: {', '.join(row)})"
-            ) from error
-        except ValueError as error:
-            raise ValueError(f"{benchmark.name}, row {number}: {error}") from error
-    if not problems:
-        raise ValueError(f"{benchmark.name}: there are no rows")
-    return problems
-
-
-def _from_folder(benchmark: Benchmark, data: Path) -> Iterable[Row]:
-    path = data / benchmark.file
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{benchmark.name}: no file {path}; without a data folder the hub's {benchmark.hub[0]!r} is used"
-        )
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
-
-
-def _from_hub(benchmark: Benchmark) -> Iterable[Row]:
-    name, configuration, split = benchmark.hub
-    try:
-        from datasets import load_dataset
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{benchmark.name} comes from the hub and needs the package 'datasets': pip install datasets"
-        ) from error
-    try:
-        return load_dataset(name, configuration, split=split)
-    except OSError as error:  # no network, offline mode, gated or moved data set
-        raise OSError(
-            f"{benchmark.name}: hub data set {name!r} could not be loaded ({error}); "
-            f"a file {benchmark.file} below a folder given as data works too"
-        ) from error
 
 
 def _gsm8k(row: Row) -> Fields:
@@ -203,5 +123,6 @@ BENCHMARKS = {
             judge=program,
             samples=1,
         ),
+        *MULTIMODAL,
     )
 }

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from microbat.evaluation.pictures import Picture
 from microbat.registry import unknown
 
 TIMEOUT = 6 * 3600.0  # seconds to wait for one answer of a server: 38,912 tokens at two a second
@@ -28,6 +29,7 @@ class Sampling:
     temperature: float = 0.6  # 0: the most likely token, always
     top_p: float = 0.95
     top_k: int = 20  # 0: all
+    presence_penalty: float = 0.0  # taken once from the logit of every token that the answer has already
     max_new_tokens: int = 38_912
     seed: int = 0
     samples: int | None = None  # per problem; None: as many as the benchmark's published scores average
@@ -38,6 +40,10 @@ class Sampling:
             "temperature": (_real(self.temperature) and self.temperature >= 0, "a number of at least 0"),
             "top_p": (_real(self.top_p) and 0 < self.top_p <= 1, "a number above 0, at most 1"),
             "top_k": (_whole(self.top_k) and self.top_k >= 0, "a whole number of at least 0"),
+            "presence_penalty": (
+                _real(self.presence_penalty) and abs(self.presence_penalty) <= 2,
+                "a number from -2 to 2",
+            ),
             "max_new_tokens": (_whole(self.max_new_tokens) and self.max_new_tokens >= 1, "a whole number above 0"),
             "seed": (_whole(self.seed), "a whole number"),
             "samples": (self.samples is None or _whole(self.samples) and self.samples >= 1, "a whole number above 0"),
@@ -76,6 +82,7 @@ class Request:
 
     prompt: str
     seed: int
+    picture: Picture | None = None  # that the prompt asks about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +98,8 @@ Generate = Callable[[Sequence[Request]], Iterator[tuple[Request, Answer]]]
 
 @dataclass(frozen=True, kw_only=True)
 class OnTheSpot:
-    """A transformers causal LM and its tokenizer, on the model's own device. Prompts go through the chat template.
+    """A transformers causal LM and its tokenizer, on the model's own device. Prompts go through the chat template. One that
+    sees has a ``processor`` (see :class:`microbat.models.processor.Processor`).
 
     Every request draws from a generator of its own, so its answer does not depend on its neighbours in the batch (up to
     the rounding of padded batches), and no global random state is touched. Answers end where the model's context ends.
@@ -101,6 +109,7 @@ class OnTheSpot:
     tokenizer: Any
     sampling: Sampling
     cache: Callable[[nn.Module], Any] = lambda model: None  # a cache for each batch; None: transformers' own
+    processor: Callable[..., dict[str, Tensor]] | None = None
 
     def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
         size = self.sampling.batch_size
@@ -117,17 +126,13 @@ class OnTheSpot:
         from transformers import GenerationConfig
 
         model: Any = self.model
-        prompts = [self._tokens(request.prompt) for request in batch]
-        longest = max(map(len, prompts))
+        prompts = [self._inputs(request) for request in batch]
+        longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
         context = model.config.get_text_config().max_position_embeddings
         if longest >= context:
             raise ValueError(f"a prompt of {longest} tokens fills the model's context of {context}")
         stops = self._stops()
-        ids_BT = torch.full((len(batch), longest), stops[0])
-        mask_BT = torch.zeros_like(ids_BT)
-        for row, prompt in enumerate(prompts):
-            ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask_BT[row, longest - len(prompt) :] = 1
+        inputs = _together(prompts, longest, stops[0])
         config = GenerationConfig(  # the model's own would fill in for whatever is not said
             max_new_tokens=min(self.sampling.max_new_tokens, context - longest),
             eos_token_id=stops,
@@ -139,20 +144,24 @@ class OnTheSpot:
             repetition_penalty=1.0,
         )
         out_BT = model.generate(
-            input_ids=ids_BT.to(model.device),
-            attention_mask=mask_BT.to(model.device),
+            **{name: tensor.to(model.device) for name, tensor in inputs.items()},
             generation_config=config,
-            logits_processor=[SeededDraw(self.sampling, [request.seed for request in batch])],
+            logits_processor=[SeededDraw(self.sampling, [request.seed for request in batch], longest)],
             past_key_values=self.cache(model),
         )
         return [self._answer(new_T.tolist(), stops) for new_T in out_BT[:, longest:]]
 
-    def _tokens(self, prompt: str) -> list[int]:
+    def _inputs(self, request: Request) -> dict[str, Tensor]:
+        """What the model is called with for one prompt: input_ids [1, T], and what a processor makes of a picture."""
+        messages = [{"role": "user", "content": request.prompt}]
+        if request.picture is not None:
+            if self.processor is None:
+                raise ValueError(f"the model has no image processor, and is asked about {request.picture.name}")
+            return self.processor(request.picture.image(), messages, answer=True)
         if self.tokenizer.chat_template is None:
-            return self.tokenizer(prompt).input_ids
-        messages = [{"role": "user", "content": prompt}]
+            return {"input_ids": torch.tensor([self.tokenizer(request.prompt).input_ids])}
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return {"input_ids": torch.tensor([self.tokenizer(text, add_special_tokens=False).input_ids])}
 
     def _stops(self) -> list[int]:
         """Ends of text by the model's account and by its tokenizer's: a chat model's may differ."""
@@ -169,17 +178,33 @@ class OnTheSpot:
         return Answer(text=text, truncated=end is None)
 
 
+def _together(prompts: Sequence[dict[str, Tensor]], longest: int, padding: int) -> dict[str, Tensor]:
+    """One batch: what has a value per token is filled up on the left, pictures lie one after the other."""
+    per_token = {"input_ids": padding, "mm_token_type_ids": 0, "attention_mask": 0}
+    masked = [{**prompt, "attention_mask": torch.ones_like(prompt["input_ids"])} for prompt in prompts]
+
+    def filled(name: str, tensor: Tensor) -> Tensor:
+        return nn.functional.pad(tensor, (longest - tensor.shape[1], 0), value=per_token[name])
+
+    return {
+        name: torch.cat([filled(name, own[name]) if name in per_token else own[name] for own in masked])
+        for name in masked[0]
+    }
+
+
 class SeededDraw:
     """A logits processor that draws a token per row by the row's own generator and rules out all others.
 
     The distribution is that of transformers' warpers; the draw inverts its cumulative sum at one uniform number, made
-    on the CPU, so that a seed means the same on every device.
+    on the CPU, so that a seed means the same on every device. The penalty is that of OpenAI's API, on what follows the
+    ``start`` tokens of the prompt.
     """
 
-    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
+    def __init__(self, sampling: Sampling, seeds: Sequence[int], start: int = 0) -> None:
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         self.greedy = sampling.temperature == 0
+        self.penalty, self.start = sampling.presence_penalty, start
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.warpers: list[Any] = []
         if not self.greedy:
@@ -188,6 +213,9 @@ class SeededDraw:
             self.warpers.append(TopPLogitsWarper(sampling.top_p))
 
     def __call__(self, input_ids: Int[Tensor, "B T"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        if self.penalty:
+            said_BV = torch.zeros_like(scores).scatter(-1, input_ids[:, self.start :], 1.0)
+            scores = scores - self.penalty * said_BV
         if self.greedy:
             return scores
         scores_BV = scores.float()
@@ -233,12 +261,14 @@ class Served:
         sampling = self.sampling
         body = {
             "model": model,
-            "messages": [{"role": "user", "content": request.prompt}],
+            "messages": [{"role": "user", "content": _content(request)}],
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
             "seed": request.seed,
         }
+        if sampling.presence_penalty:
+            body["presence_penalty"] = sampling.presence_penalty
         if sampling.top_k:
             body["top_k"] = sampling.top_k
         choice = self._ask("/chat/completions", body)["choices"][0]
@@ -262,3 +292,11 @@ class Served:
             raise OSError(f"{url}: {error.code} {error.reason}: {error.read().decode(errors='replace')}") from error
         except URLError as error:
             raise OSError(f"{url}: no answer ({error.reason})") from error
+
+
+def _content(request: Request) -> str | list[dict[str, Any]]:
+    """A prompt as a server takes it: text, after the picture if there is one."""
+    if request.picture is None:
+        return request.prompt
+    shown = {"type": "image_url", "image_url": {"url": request.picture.data_url()}}
+    return [shown, {"type": "text", "text": request.prompt}]

@@ -11,7 +11,7 @@ from typing import Any
 
 from microbat.evaluation.sandbox import runs_to_its_end
 
-Judge = Callable[[str], bool | None]
+Judge = Callable[[str], float | None]  # 1 (True) for right, 0 for wrong, between where there is partial credit
 
 FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
@@ -43,7 +43,7 @@ def program(fields: Mapping[str, str]) -> Judge:
     defines = re.compile(rf"^def {re.escape(fields['entry_point'])}\b", re.MULTILINE)
 
     def judge(text: str) -> bool | None:
-        blocks = [block for block in FENCED.findall(_final(text)) if defines.search(block)]
+        blocks = [block for block in FENCED.findall(final(text)) if defines.search(block)]
         return runs_to_its_end(f"{fields['before']}\n{blocks[-1]}\n{fields['after']}") if blocks else None
 
     return judge
@@ -58,7 +58,7 @@ def _verified(gold: list[Any], extraction: Sequence[Any], reference: str) -> Jud
 
     def judge(text: str) -> bool | None:
         try:
-            found = verifier.parse(_final(text), extraction, "no_fallback", raise_on_error=True)
+            found = verifier.parse(final(text), extraction, "no_fallback", raise_on_error=True)
             return verifier.verify(gold, found, raise_on_error=True) if found else None
         except (Exception, TimeoutException):  # whatever sympy raises on what models write; None is how it is recorded
             return None
@@ -66,7 +66,7 @@ def _verified(gold: list[Any], extraction: Sequence[Any], reference: str) -> Jud
     return judge
 
 
-def _final(text: str) -> str:
+def final(text: str) -> str:
     """What follows the thoughts. Thoughts that were cut off are followed by nothing."""
     thoughts, closed, answer = text.rpartition("</think>")
     return answer if closed or "<think>" not in text else ""

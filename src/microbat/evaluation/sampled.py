@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from microbat.evaluation.benchmarks import Benchmark, Problem
 from microbat.evaluation.generation import Generate, Request, Sampling
+from microbat.evaluation.problems import Benchmark, Problem
 from microbat.evaluation.progress import bar
+from microbat.evaluation.totals import summed
 
 
 def run_sampled(
@@ -26,20 +27,21 @@ def run_sampled(
     file: Path,
     *,
     progress: bool = True,
-) -> dict[str, float]:
-    """Avg@k of what ``generate`` answers to the ``problems`` of ``benchmark``: acc, acc_stderr, unparsed, truncated, samples, n.
+) -> dict[str, Any]:
+    """Avg@k of what ``generate`` answers to the ``problems`` of ``benchmark``: score, stderr, unparsed, truncated, samples, n.
 
-    ``acc`` is the mean over problems of the share of right answers, ``acc_stderr`` its standard error over problems
-    (left out for a single one). ``unparsed`` counts the answers in which the judge found nothing to judge, they add
-    nothing to ``acc``; ``truncated`` those that ran out of tokens. ``model`` says whose answers ``file`` holds:
-    ValueError where it holds those of another model or sampling.
+    ``score`` is the benchmark's total of the mean scores of each problem's answers, ``stderr`` its standard error over problems
+    (None where there is a single one). ``unparsed`` counts the answers in which the judge found nothing to judge, they add
+    nothing to ``score``; ``truncated`` those that ran out of tokens. ``by_task``, where the problems are of several tasks, has
+    each one's mean score, of 1, and number. ``model`` says whose answers ``file`` holds: ValueError where it holds those
+    of another model or sampling.
     """
     samples = sampling.samples or benchmark.samples
     kept = Kept(file, {"benchmark": benchmark.name, "model": model, **sampling.draws})
-    ids = [hashlib.sha256(problem.prompt.encode()).hexdigest()[:16] for problem in problems]
+    ids = [identity(problem) for problem in problems]
     judges = {id_: problem.judge for id_, problem in zip(ids, problems, strict=True)}
     missing = {
-        Request(prompt=problem.prompt, seed=_seed(sampling.seed, id_, sample)): (id_, sample)
+        Request(prompt=problem.prompt, picture=problem.picture, seed=_seed(sampling.seed, id_, sample)): (id_, sample)
         for id_, problem in zip(ids, problems, strict=True)
         for sample in range(samples)
         if (id_, sample) not in kept.rows
@@ -47,32 +49,42 @@ def run_sampled(
     with bar(benchmark.name, len(missing), progress) as advance:
         for request, answer in generate(list(missing)) if missing else ():
             id_, sample = missing[request]
-            verdict = judges[id_](answer.text)
+            score = judges[id_](answer.text)
             kept.add(
                 {
                     "problem": id_,
                     "sample": sample,
-                    "verdict": {True: "right", False: "wrong", None: "unparsed"}[verdict],
+                    "score": None if score is None else float(score),
                     **dataclasses.asdict(answer),
                 }
             )
             advance("")
-    return _score([[kept.rows[id_, sample] for sample in range(samples)] for id_ in ids])
+    return _result(benchmark, problems, [[kept.rows[id_, sample] for sample in range(samples)] for id_ in ids])
 
 
-def _score(rows: list[list[dict[str, Any]]]) -> dict[str, float]:
+def identity(problem: Problem) -> str:
+    """What tells a problem from others in a file of answers."""
+    shown = problem.picture.read() if problem.picture else b""
+    return hashlib.sha256(problem.prompt.encode() + shown).hexdigest()[:16]
+
+
+def _result(benchmark: Benchmark, problems: Sequence[Problem], rows: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """From the rows of each problem's answers."""
-    shares = [statistics.fmean(row["verdict"] == "right" for row in answers) for answers in rows]
+    scores = [[row["score"] or 0.0 for row in answers] for answers in rows]
+    fields = [problem.fields for problem in problems]
+    score, stderr = summed([benchmark.total(fields, draw) for draw in zip(*scores, strict=True)])
     every = [row for answers in rows for row in answers]
-    score: dict[str, float] = {"acc": statistics.fmean(shares)}
-    if len(shares) > 1:
-        score["acc_stderr"] = statistics.stdev(shares) / len(shares) ** 0.5
-    return score | {
-        "unparsed": sum(row["verdict"] == "unparsed" for row in every),
+    tasks: dict[str, list[float]] = {}
+    for problem, own in zip(problems, scores, strict=True):
+        tasks.setdefault(problem.fields.get("task", ""), []).append(statistics.fmean(own))
+    return {
+        "score": benchmark.points * score,
+        "stderr": None if stderr is None else benchmark.points * stderr,
+        "unparsed": sum(row["score"] is None for row in every),
         "truncated": sum(row["truncated"] for row in every),
         "samples": len(rows[0]),
         "n": len(rows),
-    }
+    } | ({"by_task": {t: {"score": statistics.fmean(o), "n": len(o)} for t, o in tasks.items()}} if any(tasks) else {})
 
 
 class Kept:

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from microbat.evaluation.benchmarks import BENCHMARKS, Problem, load_problems
+from microbat.evaluation.benchmarks import BENCHMARKS
 from microbat.evaluation.generation import Generate, OnTheSpot, Sampling
+from microbat.evaluation.problems import Problem, load_problems
 from microbat.evaluation.quality import recovery
 from microbat.evaluation.sampled import run_sampled
 from microbat.evaluation.tasks import check_tasks, run_tasks
@@ -45,14 +46,25 @@ class Tasks:
         what = {"tasks": list(self.names), "data": str(self.data or ""), "limit": self.limit}
         return what | ({"sampling": drawn} if self.problems else {})
 
+    @property
+    def pictured(self) -> bool:
+        """Whether some problems are about pictures."""
+        return any(problem.picture for problems in self.problems.values() for problem in problems)
+
     def scores(
-        self, model: nn.Module, tokenizer: Any, identity: str, answers: Path, cache: Callable[[nn.Module], Any]
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        identity: str,
+        answers: Path,
+        cache: Callable[[nn.Module], Any],
+        processor: Any = None,
     ) -> Scores:
-        """Of a transformers causal LM on its own device; ``cache`` as :class:`OnTheSpot` takes it, the other arguments as
-        :meth:`answered`."""
+        """Of a transformers causal LM on its own device; ``cache`` and ``processor`` as :class:`OnTheSpot` takes them, the
+        other arguments as :meth:`answered`."""
         harness = by_likelihood(self.names)
         found = run_tasks(model, tokenizer, harness, data=self.data, limit=self.limit) if harness else {}
-        generate = OnTheSpot(model=model, tokenizer=tokenizer, sampling=self.sampling, cache=cache)
+        generate = OnTheSpot(model=model, tokenizer=tokenizer, sampling=self.sampling, cache=cache, processor=processor)
         return {name: _headed(result) for name, result in found.items()} | self.answered(generate, identity, answers)
 
     def answered(self, generate: Generate, identity: str, answers: Path) -> Scores:
@@ -61,9 +73,7 @@ class Tasks:
         Finished answers are kept in the folder ``answers``, where an interrupted run goes on; ``identity`` says whose they are.
         """
         return {
-            name: _headed(
-                run_sampled(BENCHMARKS[name], problems, generate, self.sampling, identity, answers / f"{name}.jsonl")
-            )
+            name: run_sampled(BENCHMARKS[name], problems, generate, self.sampling, identity, answers / f"{name}.jsonl")
             for name, problems in self.problems.items()
         }
 
