@@ -84,10 +84,97 @@ def tiny(tmp_path_factory):
     def get(family: str = "llama", **overrides: int) -> Path:
         key = (family, *overrides.items())
         if key not in made:
-            made[key] = save_model(tmp_path_factory.mktemp(family) / "model", family, **overrides)
+            save = save_vlm if "_vl" in family else save_model
+            made[key] = save(tmp_path_factory.mktemp(family) / "model", family, **overrides)
         return made[key]
 
     return get
+
+
+IMAGE, VIDEO, VISION_START, VISION_END = 290, 291, 292, 293
+
+
+def save_vlm(folder: Path, family: str, **overrides: object) -> Path:
+    """A tiny random vision-language model: 3 blocks and 3, a tower whose inner width is not a multiple of 32, DeepStack."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = {
+        "vocab_size": 300,
+        "hidden_size": 128,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]},
+        "eos_token_id": 0,
+        "bos_token_id": None,
+    }
+    vision = {
+        "depth": 3,
+        "hidden_size": 64,
+        "num_heads": 4,
+        "out_hidden_size": 128,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    if family == "qwen3_vl":
+        text |= {"head_dim": 32}
+        text["rope_parameters"] = {**text["rope_parameters"], "mrope_interleaved": True}
+        vision |= {"intermediate_size": 112, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+    else:
+        vision |= {"intermediate_size": 108, "fullatt_block_indexes": [1], "window_size": 16}
+    config = AutoConfig.for_model(
+        family,
+        text_config={**text, **overrides},
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = AutoModelForImageTextToText.from_config(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(std=0.1)
+                elif "norm" in name or "ln_q" in name:
+                    parameter.copy_(torch.rand_like(parameter) + 0.5)
+                    parameter[::17] *= 12
+                else:
+                    parameter.normal_(std=0.08)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs() -> tuple[dict[str, torch.Tensor], ...]:
+    """Four images of as many sizes with questions of as many lengths, for the models of :func:`save_vlm`; a fifth, small one
+    beside the last."""
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for index in range(4):
+        grids = [[1, 4, 4 + 2 * index]] + [[1, 2, 4]] * (index == 3)
+        ids = torch.randint(2, 280, (3 + index,), generator=generator).tolist()
+        for _, height, width in grids:
+            ids += [VISION_START, *[IMAGE] * (height * width // 4), VISION_END]
+        ids += torch.randint(2, 280, (5 + 2 * index,), generator=generator).tolist()
+        tokens = torch.tensor([ids])
+        patches = sum(height * width for _, height, width in grids)
+        made.append(
+            {
+                "input_ids": tokens,
+                "mm_token_type_ids": (tokens == IMAGE).to(torch.int32),
+                "pixel_values": torch.randn(patches, 3 * 2 * 4 * 4, generator=generator),
+                "image_grid_thw": torch.tensor(grids),
+            }
+        )
+    return tuple(made)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from microbat.calibrate import data as calibration_data
 from microbat.calibrate.coverage import Covered
 from microbat.calibrate.data import Calibration
 from microbat.calibrate.engine import Job, Precision, Record, calibrate, preflight
+from microbat.calibrate.stream import Sample
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
 from microbat.methods.base import ModelData, Preparer, Quant
@@ -102,7 +103,7 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
         device=device,
     )
     keeper = _FolderKeeper(partial)
-    with _progress(title or f"{recipe.method} {scheme.text}", checkpoint.num_blocks) as progress:
+    with _progress(title or f"{recipe.method} {scheme.text}", len(checkpoint.blocks)) as progress:
         records = list(calibrate(job, keeper, _picture, progress))
     floats = {name: checkpoint.tensor(name) for name in checkpoint.names if not checkpoint.in_block(name)}
     folders.write_other(partial / folders.OTHER_SHARD, floats)
@@ -148,10 +149,8 @@ def load(
     path = resolve(folder)
     if folders.is_microbat_folder(path):
         return load_folder(path, dtype=dtype, device=device, backend=backend)
-    Checkpoint(path)  # a damaged checkpoint shows here, with its name
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    checkpoint = Checkpoint(path)  # a damaged checkpoint shows here, with its name
+    return checkpoint.auto.from_pretrained(path, dtype=dtype).to(device).eval()
 
 
 def generate(
@@ -218,8 +217,8 @@ class _FolderKeeper:
         path = self.partial / folders.block_shard(index)
         folders.write_block(path, record.name, block, folders.float_tensors(module))
 
-    def finish(self, tokens: Tensor, outputs: Tensor) -> None:
-        folders.write_proof(self.partial / folders.PROOF, tokens, outputs)
+    def finish(self, sample: Sample, outputs: Tensor) -> None:
+        folders.write_proof(self.partial / folders.PROOF, sample, outputs)
 
     def record_files(self) -> list[Path]:
         return sorted(self.partial.glob("record-*.json"))

@@ -168,7 +168,7 @@ def reasons_against(
     for block in blocks:
         for site in block.sites:
             found.update(_site_reasons(target, site, block))
-        for site in family.sites if target.fuses else ():
+        for site in (site for stack in family.stacks for site in stack.sites) if target.fuses else ():
             kept = [path for path in site.consumers if path in block.weights]
             if 0 < len(kept) < len(site.consumers):
                 left = ", ".join(path for path in site.consumers if path not in kept)
