@@ -129,9 +129,7 @@ class _Runner:
     """Runs a block: what the model passes to it beside its input (``calls``, one for each sample, or one for all), the
     precision, the batches."""
 
-    def __init__(
-        self, job: Job, stack: Stack, calls: Sequence[tuple[tuple, dict[str, Any]]], lengths: tuple[int, ...]
-    ):
+    def __init__(self, job: Job, stack: Stack, calls: Sequence[tuple[tuple, dict[str, Any]]], lengths: tuple[int, ...]):
         self.job, self.stack, self.calls, self.lengths = job, stack, calls, lengths
 
     def step(self, block: nn.Module, x: Tensor, rows: Tensor) -> Tensor:

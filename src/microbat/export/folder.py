@@ -60,6 +60,7 @@ COPIED = (
     "*.model",
     "*.jinja",
     "generation_config.json",
+    "*processor_config.json",
 )
 CONVENTION = {
     "transform": "x @ P and W @ P^-T, blocks of P: B^T (x) A",

@@ -135,7 +135,8 @@ class BlockData(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelData:
-    """The float model and the calibration ``tokens`` int64 [S, L], or ``pairs``, as a method sees them before the blocks' turn."""
+    """The float model and the calibration ``tokens`` int64 [S, L], or ``pairs`` of images and text, each what the model is called
+    with, as a method sees them before the blocks' turn."""
 
     checkpoint: Checkpoint
     tokens: Tensor

@@ -58,7 +58,7 @@ class SmoothQuant(Preparer):
 
 
 def fold(norm: nn.Module, linears: list[nn.Module], scale: Tensor) -> None:
-    """Divide the norm's gain, and a bias if it has one, and multiply the weights' columns by ``scale`` [K]: the function stays."""
+    """Divide the norm's gain, and its bias, and multiply the weights' columns by ``scale`` [K]: the function stays."""
     for name, parameter in list(norm.named_parameters()):
         setattr(norm, name, nn.Parameter(parameter / scale, requires_grad=False))
     for linear in linears:

@@ -220,11 +220,7 @@ class Checkpoint:
 
     @cached_property
     def family(self) -> Family:
-        return family_of(self._model_type)
-
-    @property
-    def _model_type(self) -> str:
-        return json.loads((self.path / "config.json").read_text()).get("model_type", "")
+        return family_of(_model_type(self.path))
 
     @property
     def names(self) -> Iterable[str]:
@@ -233,7 +229,9 @@ class Checkpoint:
     @cached_property
     def _stored(self) -> dict[str, str]:
         """The names in the files, by the names that the modules have."""
-        stands = {name: next((p for p in self.family.stored if name.startswith(p[0])), ("", "")) for name in self._files}
+        stands = {
+            name: next((p for p in self.family.stored if name.startswith(p[0])), ("", "")) for name in self._files
+        }
         return {after + name.removeprefix(before): name for name, (before, after) in stands.items()}
 
     def in_block(self, name: str) -> bool:
@@ -287,11 +285,8 @@ class Checkpoint:
 
     @property
     def auto(self) -> Any:
-        """The class of transformers that makes such a model, of a known family or not."""
-        import transformers
-
-        known = families().get(self._model_type)
-        return getattr(transformers, Family.auto if known is None else known.auto)
+        """The class of transformers that makes such a model."""
+        return auto_class(self.path)
 
     def load_into(self, module: nn.Module, prefix: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Fill ``module``, which sits at path ``prefix`` of the skeleton, with its stored weights."""
@@ -336,6 +331,23 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint file {file} cannot be read ({error}); is it truncated?") from error
+
+
+def auto_class(folder: Path) -> Any:
+    """The class of transformers that makes the model in ``folder``, of a known family or not."""
+    import transformers
+
+    known = families().get(_model_type(folder))
+    return getattr(transformers, Family.auto if known is None else known.auto)
+
+
+def _model_type(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text()).get("model_type", "")
+
+
+def block_names(family: Family, model: nn.Module) -> list[str]:
+    """Every block of ``model`` by its name, in the order of execution."""
+    return [f"{s.blocks}.{i}" for s in family.stacks for i in range(len(model.get_submodule(s.blocks)))]
 
 
 def linear_layers(stack: Stack) -> tuple[str, ...]:
