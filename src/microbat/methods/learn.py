@@ -135,11 +135,11 @@ def fold(block: nn.Module, plan: Plan) -> None:
 
 def train(
     data: BlockData,
-    function: Callable[[Tensor], Tensor],
+    function: Callable[[Tensor, Tensor], Tensor],
     groups: list[tuple[list[nn.Parameter], float]],
     schedule: Schedule,
 ) -> list[float]:
-    """Train ``groups`` of (parameters, learning rate) so that ``function(inputs)`` meets the targets; loss per step.
+    """Train ``groups`` of (parameters, learning rate) so that ``function(inputs, rows)`` meets the targets; loss per step.
 
     Raises FloatingPointError, naming the block, when the loss stops being finite.
     """
@@ -149,7 +149,7 @@ def train(
     optimizer = torch.optim.AdamW(
         [{"params": parameters, "lr": lr} for parameters, lr in groups], weight_decay=0.0, fused=True
     )
-    num = data.inputs.shape[0]
+    num = len(data.inputs)
     steps = schedule.epochs * math.ceil(num / schedule.batch)
     floor = schedule.min_lr_ratio
     cosine = torch.optim.lr_scheduler.LambdaLR(
@@ -159,7 +159,7 @@ def train(
     for _ in range(schedule.epochs):
         for rows in torch.randperm(num, generator=data.generator).split(schedule.batch):
             inputs = drawn(data, rows, schedule.inputs)
-            output = function(inputs)
+            output = function(inputs, rows)
             loss = block_loss(output, data.targets[rows], data.float_inputs[rows], inputs, schedule.objective)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -180,8 +180,9 @@ def drawn(data: BlockData, rows: Tensor, inputs: Inputs) -> Tensor:
     size and takes their pattern away (QDrop, arXiv 2203.05740, does so within a block).
     """
     if inputs == "mixed":
-        take = torch.rand(data.inputs[rows].shape, generator=data.generator) < 0.5
-        return torch.where(take.to(data.inputs.device), data.inputs[rows], data.float_inputs[rows])
+        arrived = data.inputs[rows]
+        take = torch.rand(arrived.shape, generator=data.generator) < 0.5
+        return torch.where(take.to(arrived.device), arrived, data.float_inputs[rows])
     return data.inputs[rows] if inputs == "quantized" else data.float_inputs[rows]
 
 
@@ -231,13 +232,14 @@ def learn_rotation(
                 consumer.weight.copy_(fixed.inverse_t(consumer.weight))
                 consumer.register_forward_pre_hook(lambda m, i, fixed=fixed: (quantizer.fake(fixed(i[0])),))
     generator = torch.Generator().manual_seed(model.seed)
-    num = model.tokens.shape[0]
+    num = len(model.pairs) or len(model.tokens)
     rows = torch.cat([torch.randperm(num, generator=generator) for _ in range(1 + steps * batch // num)])
     for step in range(steps):
-        tokens = model.tokens[rows[step * batch : (step + 1) * batch]].to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16):
-            logits = network(tokens, use_cache=False).logits[:, :-1]
-        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        losses = [
+            _next_token_loss(network, sample, model.device)
+            for sample in _samples(model, rows[step * batch : (step + 1) * batch])
+        ]
+        loss = torch.stack(losses).mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the rotations' loss is {loss.item()} after {step} steps")
         rate = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -246,6 +248,22 @@ def learn_rotation(
                 matrix.copy_(cayley_step(matrix, gradient * (matrix != 0), rate))
         model.progress((step + 1) / steps, loss.item())
     return Rotation(stream=stream.detach().cpu(), heads=torch.stack([head.detach().cpu() for head in heads]))
+
+
+def _samples(model: ModelData, rows: Tensor) -> list[dict[str, Tensor]]:
+    """What the model is called with for sequences ``rows``: once for all of them where they are text alone."""
+    return [model.pairs[row] for row in rows.tolist()] if model.pairs else [{"input_ids": model.tokens[rows]}]
+
+
+def _next_token_loss(network: nn.Module, sample: dict[str, Tensor], device: torch.device) -> Tensor:
+    """Cross-entropy of the next token; what an image stands for is not predicted."""
+    inputs = {name: tensor.to(device) for name, tensor in sample.items()}
+    with torch.autocast(device.type, torch.bfloat16):
+        logits = network(**inputs, use_cache=False).logits[:, :-1]
+    targets = inputs["input_ids"][:, 1:]
+    if "mm_token_type_ids" in inputs:
+        targets = targets.masked_fill(inputs["mm_token_type_ids"][:, 1:] != 0, -100)
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 def cayley_step(x: Tensor, gradient: Tensor, lr: float) -> Tensor:
