@@ -22,9 +22,9 @@ import torch
 
 from microbat.calibrate.stream import Sample
 from microbat.models.base import Checkpoint
+from microbat.models.processor import FILES, Processor, has_processor
 
 HUB_PAIRS = {"gqa": ("lmms-lab/GQA", "train_balanced_images", "train_balanced_instructions", "train")}
-PROCESSOR = ("preprocessor_config.json", "processor_config.json")  # either says how images become patches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,9 @@ def check(source: str, checkpoint: Checkpoint) -> None:
             f"calibration {source!r} holds images, and family {checkpoint.family.name!r} takes none; give text, or a "
             "vision-language model"
         )
-    if not any((checkpoint.path / file).is_file() for file in PROCESSOR):
+    if not has_processor(checkpoint.path):
         raise ValueError(
-            f"{checkpoint.path} has no {PROCESSOR[0]}: the model's image processor is missing. Copy it from the model's "
+            f"{checkpoint.path} has no {FILES[0]}: the model's image processor is missing. Copy it from the model's "
             "page, or calibrate the language model alone, on text"
         )
     try:
@@ -71,7 +71,7 @@ def samples(
     Raises ValueError, naming the pair: for an image that cannot be read (with ``skip_bad`` it is left out), for one whose
     tokens alone are more than ``length``, and where text and image disagree on how many tokens the image takes.
     """
-    encoder = _Encoder(checkpoint)
+    processor = Processor(checkpoint.path)
     made: list[Sample] = []
     skipped: list[str] = []
     for pair in _hub(source) if source in HUB_PAIRS else _shuffled(_lines(Path(source)), generator):
@@ -84,53 +84,24 @@ def samples(
                 raise ValueError(f"{error}; --skip-bad leaves such pairs out") from error
             skipped.append(str(error))
             continue
-        made.append(encoder(pair, image, length))
+        made.append(_sample(processor, pair, image, length))
     if len(made) < num:
         left = f", {len(skipped)} of them unreadable" if skipped else ""
         raise ValueError(f"calibration {source!r} has {len(made) + len(skipped)} pairs{left}; {num} are asked for")
     return tuple(made), tuple(skipped)
 
 
-class _Encoder:
-    """A pair to the model's inputs."""
-
-    def __init__(self, checkpoint: Checkpoint):
-        from transformers import AutoImageProcessor, AutoTokenizer
-        from transformers.utils import is_torchvision_available
-
-        backend = {} if is_torchvision_available() else {"backend": "pil"}
-        self.images = AutoImageProcessor.from_pretrained(checkpoint.path, **backend)
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
-        self.token_id = checkpoint.config.image_token_id
-        self.token = self.tokenizer.convert_ids_to_tokens(self.token_id)
-        if self.tokenizer.chat_template is None:
-            raise ValueError(f"the tokenizer in {checkpoint.path} has no chat template; images need one to stand in")
-
-    def __call__(self, pair: Pair, image: Any, length: int) -> Sample:
-        patches = self.images(images=[image], return_tensors="pt")
-        wanted = int(patches["image_grid_thw"].prod()) // self.images.merge_size**2
-        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": pair.question}]}
-        answer = [] if pair.answer is None else [{"role": "assistant", "content": pair.answer}]
-        text = self.tokenizer.apply_chat_template(
-            [question, *answer], tokenize=False, add_generation_prompt=pair.answer is None
+def _sample(processor: Processor, pair: Pair, image: Any, length: int) -> Sample:
+    """A pair as the model is called with it, at most ``length`` tokens of it."""
+    whole = processor(pair.name, image, pair.question, pair.answer)
+    kept = {name: whole[name][:, :length] for name in ("input_ids", "mm_token_type_ids")}
+    wanted, found = processor.tokens_of(whole["image_grid_thw"]), int(kept["mm_token_type_ids"].sum())
+    if found != wanted:
+        raise ValueError(
+            f"{pair.name}: {found} tokens for an image that takes {wanted}, in a pair of {whole['input_ids'].shape[1]} of which "
+            f"{kept['input_ids'].shape[1]} are kept; raise --max-seq-length, or make the image smaller"
         )
-        places = text.count(self.token)
-        if places != 1:
-            raise ValueError(f"{pair.name}: its text has {places} places for images (token {self.token}), and 1 image")
-        tokens = self.tokenizer(text.replace(self.token, self.token * wanted), add_special_tokens=False)["input_ids"]
-        kept = torch.tensor([tokens[:length]])
-        found = int((kept == self.token_id).sum())
-        if found != wanted:
-            raise ValueError(
-                f"{pair.name}: {found} tokens for an image that takes {wanted}, in a pair of {len(tokens)} of which "
-                f"{kept.shape[1]} are kept; raise --max-seq-length, or make the image smaller"
-            )
-        return {
-            "input_ids": kept,
-            "mm_token_type_ids": (kept == self.token_id).to(torch.int32),
-            "pixel_values": patches["pixel_values"].to(torch.float32),
-            "image_grid_thw": patches["image_grid_thw"],
-        }
+    return {**whole, **kept}
 
 
 def _lines(folder: Path) -> list[Pair]:

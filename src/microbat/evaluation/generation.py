@@ -153,13 +153,13 @@ class OnTheSpot:
 
     def _inputs(self, request: Request) -> dict[str, Tensor]:
         """What the model is called with for one prompt: input_ids [1, T], and what a processor makes of a picture."""
-        messages = [{"role": "user", "content": request.prompt}]
         if request.picture is not None:
             if self.processor is None:
                 raise ValueError(f"the model has no image processor, and is asked about {request.picture.name}")
-            return self.processor(request.picture.image(), messages, answer=True)
+            return self.processor(request.picture.name, request.picture.image(), request.prompt)
         if self.tokenizer.chat_template is None:
             return {"input_ids": torch.tensor([self.tokenizer(request.prompt).input_ids])}
+        messages = [{"role": "user", "content": request.prompt}]
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return {"input_ids": torch.tensor([self.tokenizer(text, add_special_tokens=False).input_ids])}
 

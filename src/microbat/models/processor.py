@@ -5,49 +5,62 @@ processor, the tokenizer, the chat template. Between them stands one step, done 
 picture is repeated for every merged patch of it.
 """
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Message = dict[str, Any]
+FILES = ("preprocessor_config.json", "processor_config.json")  # either says how pictures become patches
+
+
+def has_processor(path: Path) -> bool:
+    """Whether a model's folder says how pictures become patches."""
+    return any((path / file).is_file() for file in FILES)
 
 
 class Processor:
-    """That of the model in a folder; ValueError, naming it, where it has none."""
+    """That of the model in a folder; ValueError, naming it, where it takes no pictures or has no chat template."""
 
     def __init__(self, path: Path) -> None:
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+        from transformers.utils import is_torchvision_available
 
+        self.token_id = getattr(AutoConfig.from_pretrained(path), "image_token_id", None)
+        if self.token_id is None or not has_processor(path):
+            missing = "image_token_id in its config.json" if self.token_id is None else FILES[0]
+            raise ValueError(f"{path} has no {missing}: it cannot be asked about pictures")
+        backend = {} if is_torchvision_available() else {"backend": "pil"}
+        self.images = AutoImageProcessor.from_pretrained(path, **backend)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.image_token = getattr(AutoConfig.from_pretrained(path), "image_token_id", None)
-        try:
-            self.image_processor = AutoImageProcessor.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} has no image processor (preprocessor_config.json): {error}") from error
-        if self.image_token is None:
-            raise ValueError(f"{path}: config.json has no image_token_id, so the model takes no pictures")
+        self.token = self.tokenizer.convert_ids_to_tokens(self.token_id)
+        if self.tokenizer.chat_template is None:
+            raise ValueError(f"the tokenizer in {path} has no chat template; images need one to stand in")
 
-    def __call__(self, picture: Any, messages: list[Message], *, answer: bool) -> dict[str, Tensor]:
-        """A conversation about a ``picture`` (of PIL), which stands before its first message: input_ids and mm_token_type_ids
-        [1, T], pixel_values and image_grid_thw. ``answer``: it ends where the model is to answer."""
-        first, *others = messages
-        shown = {**first, "content": [{"type": "image"}, {"type": "text", "text": first["content"]}]}
-        text = self.tokenizer.apply_chat_template([shown, *others], tokenize=False, add_generation_prompt=answer)
-        pixels = self.image_processor(picture, return_tensors="pt")
-        merged = int(pixels["image_grid_thw"].prod()) // self.image_processor.merge_size**2
-        text = text.replace(self._placeholder, self._placeholder * merged)
-        input_ids = torch.tensor([self.tokenizer(text, add_special_tokens=False).input_ids])
-        found = int((input_ids == self.image_token).sum())
-        if found != merged:
-            raise ValueError(
-                f"the chat template makes {found} tokens of a picture for which the image processor makes {merged}: "
-                f"it must name {self._placeholder} once per picture"
-            )
-        return {"input_ids": input_ids, "mm_token_type_ids": (input_ids == self.image_token).int(), **pixels}
+    def __call__(self, name: str, picture: Any, question: str, answer: str | None = None) -> dict[str, Tensor]:
+        """A conversation: a ``picture`` (of PIL) with a ``question``, then its ``answer``, or where the model is to begin it.
 
-    @cached_property
-    def _placeholder(self) -> str:
-        return self.tokenizer.convert_ids_to_tokens(self.image_token)
+        input_ids and mm_token_type_ids [1, T], pixel_values and image_grid_thw. ValueError, with the ``name`` of the pair, where
+        the chat template does not name one picture.
+        """
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        ]
+        messages += [] if answer is None else [{"role": "assistant", "content": answer}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+        places = text.count(self.token)
+        if places != 1:
+            raise ValueError(f"{name}: its text has {places} places for images (token {self.token}), and 1 image")
+        patches = self.images(images=[picture], return_tensors="pt")
+        text = text.replace(self.token, self.token * self.tokens_of(patches["image_grid_thw"]))
+        input_ids = torch.tensor([self.tokenizer(text, add_special_tokens=False)["input_ids"]])
+        return {
+            "input_ids": input_ids,
+            "mm_token_type_ids": (input_ids == self.token_id).to(torch.int32),
+            "pixel_values": patches["pixel_values"].to(torch.float32),
+            "image_grid_thw": patches["image_grid_thw"],
+        }
+
+    def tokens_of(self, grid: Tensor) -> int:
+        """How many tokens a picture takes, whose patches lie in a ``grid``."""
+        return int(grid.prod()) // self.images.merge_size**2
