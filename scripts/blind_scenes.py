@@ -110,8 +110,8 @@ def touching_circles(rng: random.Random) -> Scene:
 
 
 def counting(rng: random.Random) -> Scene:
-    """Up to five shapes of each of two kinds, in places of their own."""
-    kinds = rng.sample(KINDS, 2)
+    """Up to five shapes of each of one or two kinds, in places of their own."""
+    kinds = rng.sample(KINDS, rng.randint(1, 2))
     numbers = {kind: rng.randint(1, 5) for kind in kinds}
     places = rng.sample([(row, column) for row in range(4) for column in range(4)], sum(numbers.values()))
     canvas = Canvas()
@@ -124,11 +124,11 @@ def counting(rng: random.Random) -> Scene:
 
 
 def colours(rng: random.Random) -> Scene:
-    """One shape of each kind, in colours of their own."""
-    canvas = Canvas()
-    places = rng.sample([(x, y) for x in (17, 47) for y in (17, 47)], len(KINDS))
+    """One shape of each of one to three kinds, in colours of their own."""
+    canvas, kinds = Canvas(), rng.sample(KINDS, rng.randint(1, 3))
+    places = rng.sample([(x, y) for x in (17, 47) for y in (17, 47)], len(kinds))
     asked = []
-    for kind, (x, y), colour in zip(KINDS, places, rng.sample(sorted(COLOURS), len(KINDS)), strict=True):
+    for kind, (x, y), colour in zip(kinds, places, rng.sample(sorted(COLOURS), len(kinds)), strict=True):
         canvas.shape(kind, (x + rng.uniform(-5, 5), y + rng.uniform(-5, 5)), rng.uniform(7, 11), colour)
         asked.append((f"What colour is the {kind}?", colour))
     rng.shuffle(asked)
@@ -136,12 +136,12 @@ def colours(rng: random.Random) -> Scene:
 
 
 def words(rng: random.Random) -> Scene:
-    """Three letters, any."""
-    canvas, word = Canvas(), "".join(rng.choice(LETTERS) for _ in range(3))
+    """One to three letters, any."""
+    canvas, word = Canvas(), "".join(rng.choices(LETTERS, k=rng.randint(1, 3)))
     height, colour = rng.uniform(18, 22), rng.choice(("red", "green", "blue", "purple", "black"))
-    x, y = 32 + rng.uniform(-3, 3), 32 + rng.uniform(-10, 10)
+    x, y = 32 + rng.uniform(-2, 2), 32 + rng.uniform(-6, 6)
     for place, letter in enumerate(word):
-        canvas.letter(letter, (x + 18 * (place - 1), y), height, colour)
+        canvas.letter(letter, (x + 18 * (place - (len(word) - 1) / 2), y), height, colour)
     return _scene("words", canvas, ("Which letters are written?", word))
 
 
@@ -177,12 +177,14 @@ def nested_squares(rng: random.Random) -> Scene:
 TASKS: dict[str, Callable[[random.Random], Scene]] = {
     task.__name__: task for task in (crossing_lines, touching_circles, counting, colours, words, grids, nested_squares)
 }
+SHARES = {"counting": 2, "colours": 2, "words": 2}  # of pictures of any task, in place of 1: these are learned last
 
 
-def scene(seed: str, number: int, task: str | None = None) -> Scene:
+def scene(seed: str, number: int, task: str = "") -> Scene:
     """The picture with this number under this seed, of any task or a given one; equal arguments draw equal pictures."""
     rng = random.Random(f"{seed}/{number}")
-    return TASKS[task or rng.choice(list(TASKS))](rng)
+    shares = [SHARES.get(name, 1) for name in TASKS]
+    return TASKS[task or rng.choices(list(TASKS), shares)[0]](rng)
 
 
 def _scene(task: str, canvas: Canvas, *questions: tuple[str, str]) -> Scene:

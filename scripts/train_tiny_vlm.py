@@ -212,7 +212,7 @@ class Batches(IterableDataset[dict[str, Tensor]]):
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """A short warm-up, then a cosine to a fiftieth."""
-    warm = min(1.0, (step + 1) / 200)
+    warm = min(1.0, (step + 1) / 100)
     return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
@@ -298,7 +298,7 @@ def write_pictures(file: Path, seed: str, number: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=32, help="pictures in a step")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="the highest learning rate")
     parser.add_argument("--seed", type=int, default=0)

@@ -293,7 +293,7 @@ def _print_comparison(result: dict[str, Any]) -> None:
         for scheme in dict.fromkeys(entry["scheme"] for entry in group["entries"]):
             own = [entry for entry in group["entries"] if entry["scheme"] == scheme]
             table = Table(title=f"{group['title'] or result['title']}, {scheme}")
-            metrics = (("perplexity", 2), ("ratio", 3), ("kl", 4))
+            metrics = (("perplexity", 2), ("ratio", 3), ("kl", 4)) if result["evaluation"] else ()
             for column in ("method", *(NAMES[name] for name, _ in metrics), "minutes"):
                 table.add_column(column, justify="left" if column == "method" else "right")
             for entry in own:

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from microbat import measure, pipeline
+from microbat.evaluation.cases import cases
 from microbat.evaluation.scores import Scores, Tasks, recovered
 from microbat.evaluation.spread import Estimate, estimate, indistinct, overlap
 from microbat.export.folder import write_json
@@ -55,12 +57,15 @@ def compare(
         except (ValueError, FloatingPointError) as error:
             failures[cell.name] = str(error)
     done = [cell for cell in cells if cell.name not in failures]
-    _measure_quality(chosen, place, done)
+    if chosen.evaluation.text:
+        _measure_quality(chosen, place, done)
     for cell in done:
         _measure_tasks(chosen, tasks, _folder(place, cell), _folder(place, cell))
     content = _content(chosen, place, failures)
     write_json(place / "comparison.json", content)
-    write_comparison(content, _pictures(chosen, place, done), place / "comparison.html")
+    write_comparison(
+        content, _pictures(chosen, place, done), _cases(chosen, tasks, place, done), place / "comparison.html"
+    )
     return content
 
 
@@ -76,7 +81,8 @@ def _check(suite: Suite, place: Path) -> Tasks:
                 raise ValueError(f"row {cell.label!r}: {error}") from error
         elif json.loads(made.read_text())["recipe"] != to_json(cell.recipe):
             raise ValueError(f"{made.parent} was made by another recipe; remove it or choose another output folder")
-    measure.text_windows(suite.model, evaluation.text, evaluation.window, evaluation.windows)
+    if evaluation.text:
+        measure.text_windows(suite.model, evaluation.text, evaluation.window, evaluation.windows)
     data = Path(evaluation.data) if evaluation.data else None
     return Tasks(names=evaluation.tasks, data=data, limit=evaluation.limit, sampling=evaluation.sampling)
 
@@ -119,8 +125,11 @@ def _measure_tasks(suite: Suite, tasks: Tasks, model: str | Path, place: Path) -
     """Benchmark scores of ``model``, kept in ``place``; its answers too, apart for each way of drawing them."""
     protocol = {"model": suite.model, **tasks.protocol}
     if tasks.names and _kept(place, "tasks", protocol) is None:
-        answers = place / "answers" / _key(tasks.sampling.draws)
-        _keep(place, "tasks", protocol, measure.task_scores(model, tasks, answers=answers))
+        _keep(place, "tasks", protocol, measure.task_scores(model, tasks, answers=_answers(tasks, place)))
+
+
+def _answers(tasks: Tasks, place: Path) -> Path:
+    return place / "answers" / _key(tasks.sampling.draws)
 
 
 def _numbers(place: Path) -> dict[str, Any]:
@@ -149,22 +158,28 @@ def _content(suite: Suite, place: Path, failures: dict[str, str]) -> dict[str, A
         "title": suite.title,
         "model": suite.model,
         "calibration": asdict(suite.calibration),
-        "evaluation": {name: reference["quality"]["result"][name] for name in measured},
+        "evaluation": {name: reference["quality"]["result"][name] for name in measured}
+        if suite.evaluation.text
+        else {},
         "tasks": _tasks([scores]),
         "groups": [
-            {"title": title, "entries": _entries(cells, place, failures, scores)} for title, cells in groups.items()
+            {"title": title, "entries": _entries(suite, cells, place, failures, scores)}
+            for title, cells in groups.items()
         ],
     }
 
 
-def _entries(cells: list[Cell], place: Path, failures: dict[str, str], scores: dict[str, Any]) -> list[dict[str, Any]]:
+def _entries(
+    suite: Suite, cells: list[Cell], place: Path, failures: dict[str, str], scores: dict[str, Any]
+) -> list[dict[str, Any]]:
     """One entry per label and scheme over its seeds, each with its standing among those of the same scheme, and in its
     family: the rows that differ in their last step only."""
     entries, runs, families = [], [], []
+    metrics = QUALITY if suite.evaluation.text else ()
     for label, scheme in dict.fromkeys((cell.label, cell.recipe.scheme) for cell in cells):
         own = [cell for cell in cells if (cell.label, cell.recipe.scheme) == (label, scheme)]
         done = [_folder(place, cell) for cell in own if cell.name not in failures]
-        runs.append([_numbers(folder)["quality"]["result"] for folder in done])
+        runs.append([_numbers(folder)["quality"]["result"] if metrics else {} for folder in done])
         preparers, solver = own[0].recipe.methods()
         family = (preparers, own[0].recipe.scale_rule)
         families += [family] if family not in families else []
@@ -182,7 +197,7 @@ def _entries(cells: list[Cell], place: Path, failures: dict[str, str], scores: d
             "standing_in_family": {},
         }
         if done:
-            for metric in QUALITY:
+            for metric in metrics:
                 stderrs = [run[f"{metric}_stderr"] for run in runs[-1]]
                 entry[metric] = asdict(estimate([run[metric] for run in runs[-1]], stderrs))
             reports = [json.loads((folder / "report.json").read_text()) for folder in done]
@@ -217,17 +232,22 @@ def _tasks(runs: list[Scores]) -> dict[str, Any]:
             estimate([run[task]["score"] for run in runs], [run[task]["stderr"] for run in runs], over="items")
         )
         | {name: sum(run[task][name] for run in runs) for name in COUNTS if name in first}
-        | {"n": first.get("n")}
+        | {"n": first.get("n"), "by_task": _shares([run[task].get("by_task", {}) for run in runs])}
         for task, first in runs[0].items()
     }
+
+
+def _shares(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Of a benchmark's tasks, the mean score over the runs."""
+    return {task: fmean(run[task]["score"] for run in runs) for task in runs[0]}
 
 
 def _rank(key: str, measured: list[tuple[dict[str, Any], list[dict[str, Any]]]]) -> None:
     """Write into each entry how it stands: ``best``, ``tied`` (not distinguishable from the best) or ``behind``."""
     for metric, per_window in (("ratio", "window_nll"), ("kl", "window_kl")):
-        if measured:
-            best, best_runs = min(measured, key=lambda pair: pair[0][metric]["value"])
-            for entry, runs in measured:
+        if on_text := [(entry, runs) for entry, runs in measured if metric in entry]:
+            best, best_runs = min(on_text, key=lambda pair: pair[0][metric]["value"])
+            for entry, runs in on_text:
                 same = indistinct([run[per_window] for run in runs], [run[per_window] for run in best_runs])
                 entry[key][metric] = "best" if entry is best else "tied" if same else "behind"
     scored = [(entry, Estimate(**entry["recovery"])) for entry, _ in measured if "recovery" in entry]
@@ -247,3 +267,16 @@ def _pictures(suite: Suite, place: Path, done: list[Cell]) -> list[dict[str, Any
     common = set.intersection(*(set(layers) for layers in records.values())) if records else set()
     layer = next((name for layers in records.values() for name in reversed(layers) if name in common), "")
     return [{"label": label, **layers[layer]} for label, layers in records.items() if layer]
+
+
+def _cases(suite: Suite, tasks: Tasks, place: Path, done: list[Cell]) -> list[dict[str, Any]]:
+    """Case studies of the main table's methods, under the first scheme and each one's first seed, beside the float model."""
+    folders = {"float": place}
+    for cell in done:
+        if not cell.group and cell.recipe.scheme == suite.schemes[0]:
+            folders.setdefault(cell.label, _folder(place, cell))
+    return [
+        {"scheme": suite.schemes[0], "benchmark": name, **case}
+        for name, problems in tasks.problems.items()
+        for case in cases(problems, {k: _answers(tasks, v) / f"{name}.jsonl" for k, v in folders.items()}, "float")
+    ]

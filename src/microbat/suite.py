@@ -50,7 +50,8 @@ class CalibrationText:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What every cell is measured on: windows of a text, and benchmarks (see :class:`microbat.evaluation.scores.Tasks`)."""
+    """What every cell is measured on: windows of a text (empty: none), and benchmarks (see
+    :class:`microbat.evaluation.scores.Tasks`)."""
 
     text: str = "python-docs"
     window: int = 1024
@@ -59,6 +60,10 @@ class Evaluation:
     data: str = ""
     limit: int | None = None
     sampling: Sampling = Sampling()
+
+    def __post_init__(self) -> None:
+        if not self.text and not self.tasks:
+            raise ValueError("evaluation measures nothing: it needs a text, or tasks")
 
 
 @dataclass(frozen=True, kw_only=True)

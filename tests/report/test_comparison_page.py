@@ -113,7 +113,7 @@ def activations(make_report) -> list[dict]:
 
 
 def test_every_view_of_the_paper_is_there(content, activations):
-    page = Elements(render(content, activations, "/* plotly */"))
+    page = Elements(render(content, activations, [], "/* plotly */"))
     sections = {"quality", "last-step", "ablations", "activations", "time", "recipes", "failures", "table-last-step"}
     assert FIGURES | sections <= page.ids()
     for name in FIGURES:
@@ -130,7 +130,7 @@ def test_the_verdict_names_the_best_and_what_cannot_be_told_from_it(content):
 
 
 def test_noise_is_marked_where_the_number_stands(content):
-    page = render(content, [], "")
+    page = render(content, [], [], "")
     assert '<td class="n"><b>1.190 ± 0.024</b></td>' in page
     assert '<td class="n" title="not distinguishable from the best">≈ 1.200 ± 0.024</td>' in page
     assert '<td class="n">2.900 ± 0.058</td>' in page
@@ -138,18 +138,18 @@ def test_noise_is_marked_where_the_number_stands(content):
 
 
 def test_benchmarks_stand_beside_the_float_models_with_what_was_not_judged(content):
-    page = render(content, [], "")
+    page = render(content, [], [], "")
     section = page[page.index('id="benchmarks"') : page.index('id="last-step"')]
     rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", section)]
     assert rows[0] == ["Method", "piqa", "gsm8k"]
     assert rows[1] == ["float", "0.700 ± 0.010", "0.600 ± 0.050 (3 unparsed of 100)"]
     assert rows[2] == ["RTN", "0.552 ± 0.011", "0.480 ± 0.050 (3 unparsed of 100)"]
     assert len(rows) == len(SCHEMES) * (2 + len(ROWS))
-    assert 'id="benchmarks"' not in render({**content, "tasks": {}}, [], "")
+    assert 'id="benchmarks"' not in render({**content, "tasks": {}}, [], [], "")
 
 
 def test_the_last_step_compares_rows_with_equal_transforms(content):
-    page = render(content, [], "")
+    page = render(content, [], [], "")
     table = page[page.index('id="table-last-step"') :]
     rows = re.findall(r"<tr>(.*?)</tr>", table[: table.index("</table>")])
     cells = [[re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<t[dh].*?</t[dh]>", row)] for row in rows]
@@ -186,12 +186,12 @@ def test_what_was_not_measured_leaves_no_trace(content):
         for item in group["entries"]:
             item.pop("recovery", None)
             item["standing"].pop("recovery", None)
-    page = render(bare, [], "")
+    page = render(bare, [], [], "")
     assert "Recovery" not in page.replace("top-1 agreement and recovery", "")
     assert 'id="activations"' not in page
     failures = [{**e, "failed": {"0": "diverged"}, "standing": {}} for e in bare["groups"][0]["entries"]]
     failures = [{k: v for k, v in e.items() if k not in ("ratio", "kl", "perplexity", "top1")} for e in failures]
-    page = render({**bare, "groups": [{"title": "", "entries": failures}]}, [], "")
+    page = render({**bare, "groups": [{"title": "", "entries": failures}]}, [], [], "")
     assert "W4A4KV16: nothing was measured." in page
     assert 'id="last-step"' not in page
 
@@ -210,7 +210,7 @@ def test_every_string_is_escaped(content, activations):
             item["solver"]["name"] += HOSTILE
             item["varied"] = {key + HOSTILE: f"{value}{HOSTILE}" for key, value in item["varied"].items()}
     records = [record | {"label": record["label"] + HOSTILE, "layer": HOSTILE} for record in activations]
-    clean, page = Elements(render(content, activations, "")), Elements(render(poisoned, records, ""))
+    clean, page = Elements(render(content, activations, [], "")), Elements(render(poisoned, records, [], ""))
     assert {tag for tag, _ in page.found} == {tag for tag, _ in clean.found}
     assert not [a for _, a in page.found if "onerror" in a or "src" in a]
     assert "alert(" not in "".join(text for name, text in page.scripts.items() if not name)
@@ -220,7 +220,7 @@ def test_every_string_is_escaped(content, activations):
 
 
 def test_browser_draws_every_figure(browser, content, activations, tmp_path):
-    page = write_comparison(content, activations, tmp_path / "comparison.html")
+    page = write_comparison(content, activations, [], tmp_path / "comparison.html")
     assert list(tmp_path.iterdir()) == [page]
     drawn = dump_dom(browser, page, tmp_path / "profile")
     (root,) = re.findall(r"<html[^>]*>", drawn)[:1]
@@ -258,7 +258,7 @@ PRESS = """
 
 
 def test_browser_switches_the_metric_and_opens_a_method(browser, content, activations, tmp_path):
-    page = write_comparison(content, activations, tmp_path / "comparison.html")
+    page = write_comparison(content, activations, [], tmp_path / "comparison.html")
     page.write_text(page.read_text(encoding="utf-8").replace("</body>", PRESS), encoding="utf-8")
     (root,) = re.findall(r"<html[^>]*>", dump_dom(browser, page, tmp_path / "profile"))[:1]
     assert "data-errors" not in root, root

@@ -68,6 +68,12 @@ def identity(problem: Problem) -> str:
     return hashlib.sha256(problem.prompt.encode() + shown).hexdigest()[:16]
 
 
+def first_answers(file: Path) -> dict[str, dict[str, Any]]:
+    """The first answer to each problem, by its :func:`identity`, of those that a run kept in ``file``: text and score."""
+    _, *rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return {row["problem"]: row for row in rows if row["sample"] == 0}
+
+
 def _result(benchmark: Benchmark, problems: Sequence[Problem], rows: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """From the rows of each problem's answers."""
     scores = [[row["score"] or 0.0 for row in answers] for answers in rows]

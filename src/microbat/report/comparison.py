@@ -6,12 +6,12 @@ Figures 8 to 11.
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
 from microbat.report import comparison_figures as figures
 from microbat.report import distributions
+from microbat.report.cases import case_studies
 from microbat.report.comparison_figures import value_text
 from microbat.report.page import frame, plotly_script, write
 from microbat.report.sections import activation_plots, figure_html, section, tree
@@ -20,6 +20,7 @@ from microbat.report.text import DASH, escape, fixed, percent, remarks
 LINKS = (
     ("quality", "Quality"),
     ("benchmarks", "Benchmarks"),
+    ("cases", "Case studies"),
     ("last-step", "Last step"),
     ("ablations", "Ablations"),
     ("activations", "Activations"),
@@ -27,6 +28,10 @@ LINKS = (
     ("recipes", "Recipes"),
     ("failures", "Failures"),
 )
+BEST = {
+    "ratio": "has the lowest perplexity, {} times the float model's.",
+    "recovery": "recovers most of the float model's scores, {} %.",
+}
 TIED = "≈"  # before a number that is not distinguishable from the best of its scheme
 HOW_ERRORS = (
     "± is the standard deviation over seeds where a method ran with several, otherwise the standard error over the "
@@ -35,12 +40,13 @@ HOW_ERRORS = (
 )
 
 
-def write_comparison(content: dict, activations: list[dict], path: Path) -> Path:
-    """Write the page of a comparison: ``content`` as in comparison.json, ``activations`` of one layer by method."""
-    return write(render(content, activations, plotly_script()), path)
+def write_comparison(content: dict, activations: list[dict], cases: list[dict], path: Path) -> Path:
+    """Write the page of a comparison: ``content`` as in comparison.json, ``activations`` of one layer by method, ``cases`` as
+    :func:`case_studies` takes them."""
+    return write(render(content, activations, cases, plotly_script()), path)
 
 
-def render(content: dict, activations: list[dict], plotly: str) -> str:
+def render(content: dict, activations: list[dict], cases: list[dict], plotly: str) -> str:
     """The page as text, around the given source of plotly.js."""
     main = next((group["entries"] for group in content["groups"] if not group["title"]), [])
     body = "".join(
@@ -48,6 +54,7 @@ def render(content: dict, activations: list[dict], plotly: str) -> str:
             _headline(main),
             _quality(content, main),
             _benchmarks(content, main),
+            case_studies(cases),
             _last_step(main),
             _ablations([group for group in content["groups"] if group["title"]]),
             _activations(activations),
@@ -61,14 +68,16 @@ def render(content: dict, activations: list[dict], plotly: str) -> str:
 
 def verdict(entries: list[dict]) -> list[str]:
     """A sentence or two for each scheme: which method is best, and which cannot be told from it."""
+    metrics = figures.present(entries)
     sentences = []
     for scheme, own in _by_scheme(entries).items():
-        best = next((entry for entry in own if entry["standing"].get("ratio") == "best"), None)
+        key = metrics[0].key if metrics else ""
+        best = next((entry for entry in own if entry["standing"].get(key) == "best"), None)
         if best is None:
             sentences.append(f"{scheme}: nothing was measured.")
             continue
-        text = f"{scheme}: {best['label']} has the lowest perplexity, {value_text(best['ratio'], 3)} times the float model's."
-        tied = [entry["label"] for entry in own if entry["standing"].get("ratio") == "tied"]
+        text = f"{scheme}: {best['label']} {BEST[key].format(value_text(best[key], metrics[0].decimals))}"
+        tied = [entry["label"] for entry in own if entry["standing"].get(key) == "tied"]
         sentences.append(text + (f" Not distinguishable from it: {', '.join(tied)}." if tied else ""))
     return sentences
 
@@ -79,10 +88,15 @@ def _headline(entries: list[dict]) -> str:
 
 def _quality(content: dict, entries: list[dict]) -> str:
     evaluation, text = content["evaluation"], content["calibration"]
+    on = (
+        f"{evaluation['text']}, {evaluation['windows']} windows of {evaluation['window']} tokens"
+        if evaluation
+        else "benchmarks alone"
+    )
     how = (
-        f"Measured on {evaluation['text']}, {evaluation['windows']} windows of {evaluation['window']} tokens, the same "
-        f"for all; calibrated on {text['samples']} sequences of {text['length']} tokens ({text['source']}). Lower is "
-        f"better for perplexity and KL divergence, higher for top-1 agreement and recovery. {HOW_ERRORS}"
+        f"Measured on {on}, the same for all; calibrated on {text['samples']} sequences of {text['length']} tokens "
+        f"({text['source']}). Lower is better for perplexity and KL divergence, higher for top-1 agreement and recovery. "
+        f"{HOW_ERRORS}"
     )
     figure = figures.bars(entries)
     tables = "".join(f"<h3>{escape(scheme)}</h3>{_table(own, content)}" for scheme, own in _by_scheme(entries).items())
@@ -92,12 +106,10 @@ def _quality(content: dict, entries: list[dict]) -> str:
 def _table(entries: list[dict], content: dict | None = None) -> str:
     """One scheme's methods; with ``content``, the float model as the first row."""
     scored = any("recovery" in entry for entry in entries)
+    on_text = any("ratio" in entry for entry in entries)
     heads = [
         "Method",
-        "Perplexity",
-        "× float",
-        "KL",
-        "Top-1",
+        *(["Perplexity", "× float", "KL", "Top-1"] if on_text else []),
         *(["Recovery %"] if scored else []),
         "± over",
         "Bits",
@@ -106,28 +118,34 @@ def _table(entries: list[dict], content: dict | None = None) -> str:
     head = "".join(f"<th{'' if not n else ' class=n'}>{name}</th>" for n, name in enumerate(heads))
     rows = []
     if content:
-        own = content["evaluation"]
-        cells = [value_text({"value": own["perplexity"], "error": own["perplexity_stderr"]}, 2), "1", "0", "100%"]
-        cells += [*(["100"] if scored else []), "windows", "16", DASH]
+        own, cells = content["evaluation"], []
+        if on_text:
+            cells = [value_text({"value": own["perplexity"], "error": own["perplexity_stderr"]}, 2), "1", "0", "100%"]
+        cells += [*(["100"] if scored else []), "windows" if on_text else "items", "16", DASH]
         rows.append(f"<tr><td>float</td>{''.join(f'<td class=n>{escape(cell)}</td>' for cell in cells)}</tr>")
-    rows += [_row(entry, scored) for entry in entries]
+    rows += [_row(entry, on_text, scored) for entry in entries]
     return (
         f'<div class="scroll dense"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
 
-def _row(entry: dict, scored: bool) -> str:
-    if "ratio" not in entry:
+def _row(entry: dict, on_text: bool, scored: bool) -> str:
+    if not {"ratio", "recovery"} & set(entry):
         return f"<tr><td>{escape(entry['label'])}</td><td colspan=8>failed: {escape(_reason(entry))}</td></tr>"
-    top1 = {key: 100 * value if key != "over" and value else value for key, value in entry["top1"].items()}
-    over = f"{len(entry['seeds'])} seeds" if entry["ratio"]["over"] == "seeds" else "windows"
-    cells = [
-        _cell(value_text(entry["perplexity"], 2)),
-        _cell(value_text(entry["ratio"], 3), entry["standing"]["ratio"]),
-        _cell(value_text(entry["kl"], 4), entry["standing"]["kl"]),
-        _cell(value_text(top1, 1, "%")),
-        *([_cell(value_text(entry.get("recovery"), 2), entry["standing"].get("recovery", ""))] if scored else []),
-        _cell(over),
+    cells = []
+    if on_text:
+        top1 = {key: 100 * value if key != "over" and value else value for key, value in entry["top1"].items()}
+        cells = [
+            _cell(value_text(entry["perplexity"], 2)),
+            _cell(value_text(entry["ratio"], 3), entry["standing"]["ratio"]),
+            _cell(value_text(entry["kl"], 4), entry["standing"]["kl"]),
+            _cell(value_text(top1, 1, "%")),
+        ]
+    if scored:
+        cells.append(_cell(value_text(entry.get("recovery"), 2), entry["standing"].get("recovery", "")))
+    over = (entry["ratio"] if on_text else entry.get("recovery", {})).get("over", "")
+    cells += [
+        _cell(f"{len(entry['seeds'])} seeds" if over == "seeds" else over),
         _cell(fixed(entry["bits_per_weight"], 2)),
         _cell(fixed(entry["seconds"] / 60, 1)),
     ]
@@ -152,7 +170,7 @@ def _benchmarks(content: dict, entries: list[dict]) -> str:
         scored = [("float", content["tasks"]), *((e["label"], e["tasks"]) for e in own if "tasks" in e)]
         rows = "".join(
             f"<tr><td>{escape(label)}</td>"
-            + "".join(_cell(value_text(tasks[task], 3) + remarks(tasks[task])) for task in content["tasks"])
+            + "".join(_cell(_score(tasks[task]) + remarks(tasks[task])) for task in content["tasks"])
             + "</tr>"
             for label, tasks in scored
         )
@@ -164,46 +182,75 @@ def _benchmarks(content: dict, entries: list[dict]) -> str:
         "The scores behind recovery, which is the mean of score over float score; it has no meaning, and is left out, where "
         "the float model scores 0. Unparsed answers held nothing to judge, truncated ones ran out of tokens."
     )
-    return section("benchmarks", "Benchmarks", how, tables)
+    return section("benchmarks", "Benchmarks", how, tables + _by_task(content, entries))
+
+
+def _score(score: dict) -> str:
+    """Of 1, or in a benchmark's own points."""
+    return value_text(score, 3 if score["value"] <= 1 else 2)
+
+
+def _by_task(content: dict, entries: list[dict]) -> str:
+    """The shares behind the scores of benchmarks that have several tasks."""
+    tables = ""
+    for name, reference in content["tasks"].items():
+        if not reference.get("by_task"):
+            continue
+        head = "".join(f"<th class=n>{escape(task)}</th>" for task in reference["by_task"])
+        scored = [("float", "", reference)]
+        scored += [(e["label"], e["scheme"], e["tasks"][name]) for e in entries if "tasks" in e]
+        rows = "".join(
+            f"<tr><td>{escape(label)}</td><td>{escape(scheme)}</td>"
+            + "".join(_cell(percent(own["by_task"].get(task))) for task in reference["by_task"])
+            + "</tr>"
+            for label, scheme, own in scored
+        )
+        tables += (
+            f"<details><summary>{escape(name)} by task</summary><div class=scroll><table><thead><tr><th>Method</th>"
+            f"<th>Scheme</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>"
+        )
+    return tables
 
 
 def _last_step(entries: list[dict]) -> str:
     """Tables 6 and 7: the same transforms and clips, their weights rounded by one last step or another."""
+    metrics = figures.present(entries)
     groups: dict[tuple[int, str], dict[str, dict]] = {}
     for entry in entries:
-        if "ratio" in entry:
+        if metrics and metrics[0].key in entry:
             groups.setdefault((entry["family"], entry["scheme"]), {}).setdefault(entry["solver"]["name"], entry)
     groups = {key: own for key, own in groups.items() if len(own) > 1}
     if not groups:
         return ""
+    metric = metrics[0]
     steps = list(dict.fromkeys(step for own in groups.values() for step in own))
     head = "".join(f"<th class=n>{escape(step)}</th>" for step in steps)
     rows = []
     for (_, scheme), own in groups.items():
         cells = "".join(
-            _cell(value_text(own[step]["ratio"], 3), own[step]["standing_in_family"]["ratio"])
+            _cell(value_text(own[step][metric.key], metric.decimals), own[step]["standing_in_family"][metric.key])
             if step in own
             else _cell(DASH)
             for step in steps
         )
-        spared = _cell(percent(_spared(own), 0))
+        spared = _cell(percent(_spared(own, metric), 0))
         rows.append(f"<tr><td>{escape(scheme)}</td><td>{escape(_stem(own))}</td>{cells}{spared}</tr>")
     table = (
         f'<div class="scroll"><table id="table-last-step"><thead><tr><th>Scheme</th><th>Transforms and clips</th>{head}'
         f"<th class=n>GPTQ spares</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
     how = (
-        "Perplexity over the float model's with the same transforms and clips, by the step that rounds the weights; bold "
-        f"is the lowest of a row, {TIED} what is not distinguishable from it. The last column: which share of "
-        "round-to-nearest's loss, in nats, GPTQ avoids."
+        f"{metric.name} with the same transforms and clips, by the step that rounds the weights; bold is the {metric.best} of "
+        f"a row, {TIED} what is not distinguishable from it. The last column: which share of round-to-nearest's loss, "
+        f"in {metric.unit}, GPTQ avoids."
     )
     return section("last-step", "The last step: GPTQ against round-to-nearest", how, table)
 
 
-def _spared(own: dict[str, dict]) -> float | None:
+def _spared(own: dict[str, dict], metric: figures.Metric) -> float | None:
     if not {"rtn", "gptq"} <= set(own):
         return None
-    rtn, gptq = (math.log(own[step]["ratio"]["value"]) for step in ("rtn", "gptq"))
+    rtn, gptq = (metric.lost(own[step][metric.key]["value"]) for step in ("rtn", "gptq"))
     return 1 - gptq / rtn if rtn > 0 else None
 
 

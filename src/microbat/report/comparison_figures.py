@@ -5,6 +5,8 @@ In the manner of Figures 1, 4, 6 and 7 of BATQuant (arXiv:2603.16590). Bars star
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from microbat.report.figures import COLOURS, SYMBOLS, axis, buttons, layout
@@ -13,19 +15,46 @@ from microbat.report.text import duration, escape, fixed
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A measured quantity: its key in the data, its name, its decimals, the value that the float model has."""
+    """A measured quantity: its key in the data, its name, its decimals, the value that the float model has, which value is
+    the best, how much of the float model's quality a value has ``lost``, and in what that is counted."""
 
     key: str
     name: str
     decimals: int
     float_value: float
-    unit: str = ""
+    best: str
+    lost: Callable[[float], float]
+    unit: str
 
 
 METRICS = (
-    Metric(key="ratio", name="Perplexity over the float model's", decimals=3, float_value=1.0),
-    Metric(key="kl", name="KL divergence from the float model (nats)", decimals=4, float_value=0.0),
-    Metric(key="recovery", name="Recovery over the benchmarks (%)", decimals=2, float_value=100.0),
+    Metric(
+        key="ratio",
+        name="Perplexity over the float model's",
+        decimals=3,
+        float_value=1.0,
+        best="lowest",
+        lost=math.log,
+        unit="nats",
+    ),
+    Metric(
+        key="kl",
+        name="KL divergence from the float model (nats)",
+        decimals=4,
+        float_value=0.0,
+        best="lowest",
+        lost=float,
+        unit="nats",
+    ),
+    Metric(
+        key="recovery",
+        name="Recovery over the benchmarks (%)",
+        decimals=2,
+        float_value=100.0,
+        best="highest",
+        lost=lambda value: 100.0 - value,
+        unit="points",
+    ),
 )
 
 
@@ -107,10 +136,11 @@ def ablation(entries: list[dict]) -> dict | None:
 
 
 def cost(entries: list[dict]) -> dict | None:
-    """Perplexity over the float model's against the time that a run took; a colour per method, a symbol per scheme."""
-    drawn = [entry for entry in entries if "ratio" in entry]
-    if not drawn:
+    """The first metric against the time that a run took; a colour per method, a symbol per scheme."""
+    metrics = present(entries)
+    if not metrics:
         return None
+    metric, drawn = metrics[0], [entry for entry in entries if metrics[0].key in entry]
     labels, schemes = _ordered(drawn, "label"), _ordered(drawn, "scheme")
     traces = [
         {
@@ -125,12 +155,12 @@ def cost(entries: list[dict]) -> dict | None:
                 "symbol": [SYMBOLS[schemes.index(entry["scheme"]) % len(SYMBOLS)] for entry in own],
                 "size": 11,
             },
-            **{key: value for key, value in _measured(own, METRICS[0]).items() if key != "text"},
+            **{key: value for key, value in _measured(own, metric).items() if key != "text"},
         }
         for index, label in enumerate(labels)
         if (own := [entry for entry in drawn if entry["label"] == label])
     ]
-    return _figure(traces, axis("Minutes", type="log"), METRICS[0].name, [], height=420)
+    return _figure(traces, axis("Minutes", type="log"), metric.name, [], height=420)
 
 
 def value_text(estimate: dict | None, decimals: int, unit: str = "") -> str:

@@ -40,6 +40,13 @@ summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }
 details.step { border: 0; border-left: 2px solid var(--line); border-radius: 0; margin: .3rem 0; padding: .1rem .8rem; }
 table.pairs th { width: 13rem; }
 details td { white-space: normal; overflow-wrap: anywhere; }
+.case { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0; padding: .8rem; border: 1px solid var(--line);
+  border-radius: 6px; }
+.case img { width: 14rem; max-width: 100%; height: auto; align-self: flex-start; border: 1px solid var(--line);
+  image-rendering: pixelated; }
+.case figcaption { flex: 1 1 22rem; min-width: 0; } .case p { margin: 0 0 .4rem; }
+.case td { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; }
+.case td.right { color: #27723b; font-weight: 700; } .case td.wrong { color: #a33; font-weight: 700; }
 .figure { width: 100%; overflow: hidden; }
 .figure .failure { color: #a33; padding: 1rem; border: 1px dashed #d99; border-radius: 6px; }
 .tools { display: flex; flex-wrap: wrap; gap: .5rem 1rem; margin: .5rem 0; font-size: .92rem; }
