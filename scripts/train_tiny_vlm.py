@@ -32,6 +32,8 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 PATCH, MERGE = 8, 2
+PICTURES = {"calibration": 40, "held-out": 200}  # of each task
+CHECKPOINT_STEPS = 500
 IMAGE_TOKENS = (SIZE // PATCH // MERGE) ** 2
 SPECIAL = (
     "<|endoftext|>",
@@ -253,7 +255,7 @@ def train(arguments: argparse.Namespace) -> tuple[Qwen3VLForConditionalGeneratio
             pace = (step + 1 - start) / (time.monotonic() - began)
             print(f"step {step + 1}  loss {sum(losses) / len(losses):.4f}  {pace:.2f} steps/s", flush=True)
             losses.clear()
-        if (step + 1) % 500 == 0:
+        if (step + 1) % CHECKPOINT_STEPS == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
@@ -295,7 +297,7 @@ def write_pictures(file: Path, seed: str, number: int) -> None:
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=2500)
@@ -303,10 +305,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3, help="the highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    write_pictures(arguments.out / "calibration" / "pairs.jsonl", "calibration", 40)
-    write_pictures(arguments.out / "held-out" / "test.jsonl", "held-out", 200)
+    write_pictures(arguments.out / "calibration" / "pairs.jsonl", "calibration", PICTURES["calibration"])
+    write_pictures(arguments.out / "held-out" / "test.jsonl", "held-out", PICTURES["held-out"])
     model, conversations = train(arguments)
     write_model(arguments.out / "model", model, conversations)
 

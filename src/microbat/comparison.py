@@ -232,7 +232,8 @@ def _tasks(runs: list[Scores]) -> dict[str, Any]:
             estimate([run[task]["score"] for run in runs], [run[task]["stderr"] for run in runs], over="items")
         )
         | {name: sum(run[task][name] for run in runs) for name in COUNTS if name in first}
-        | {"n": first.get("n"), "by_task": _shares([run[task].get("by_task", {}) for run in runs])}
+        | {"n": first.get("n")}
+        | ({"by_task": _shares([run[task]["by_task"] for run in runs])} if "by_task" in first else {})
         for task, first in runs[0].items()
     }
 
