@@ -362,3 +362,54 @@ class TestBadInput:
         rows = [{**content["rows"][0], "scale_rule": "floor"}]
         with pytest.raises(ValueError, match=r"rtn-w4a4kv16-seed0 was made by another recipe; remove it"):
             microbat.compare(save({**content, "rows": rows}, tmp_path), out=whole[0])
+
+
+def test_pictures_alone_without_a_text(tiny, tmp_path, monkeypatch):
+    """A vision-language model on a benchmark of pictures: recovery leads, case studies stand on the page."""
+    image = pytest.importorskip("PIL.Image")
+    rows = []
+    for index in range(6):
+        image.new("RGB", (16 + 8 * index, 16), (40 * index, 90, 200)).save(tmp_path / f"{index}.png")
+        row = {"image": f"{index}.png", "question": f"How many? {index}", "answer": str(index), "task": "ab"[index % 2]}
+        rows.append(json.dumps(row))
+    for folder in ("held-out", "pairs"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text("\n".join(row.replace(': "', ': "../', 1) for row in rows))
+    asked = []
+
+    def judge(fields):  # the float model, asked first, is always right; RTN then never, GPTQ about its even questions
+        return lambda text: (
+            asked.append(text) or len(asked) <= 6 or (len(asked) > 12 and int(fields["answer"]) % 2 == 0)
+        )
+
+    monkeypatch.setitem(BENCHMARKS, "tiny_vlm", dataclasses.replace(BENCHMARKS["tiny_vlm"], judge=judge))
+    suite = {
+        "title": "Pictures",
+        "model": str(tiny("qwen3_vl")),
+        "calibration": {"source": str(tmp_path / "pairs"), "samples": 4, "length": 64},
+        "evaluation": {"text": "", "tasks": ["tiny_vlm"], "data": str(tmp_path), "sampling": {"max_new_tokens": 3}},
+        "schemes": ["W4A4KV16"],
+        "rows": [{"label": "RTN", "method": "rtn"}, {"label": "GPTQ", "method": "gptq"}],
+    }
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["compare", "--suite", str(save(suite, tmp_path)), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "perplexity" not in done.output
+    result = json.loads((out / "comparison.json").read_text())
+    assert result["evaluation"] == {}
+    assert result["tasks"]["tiny_vlm"]["value"] == 100
+    rtn, gptq = entry(result, "RTN"), entry(result, "GPTQ")
+    assert [one["recovery"]["value"] for one in (rtn, gptq)] == [0, 50]
+    assert [one["standing"] for one in (rtn, gptq)] == [{"recovery": "behind"}, {"recovery": "best"}]
+    assert gptq["tasks"]["tiny_vlm"]["by_task"] == {"a": 1, "b": 0}
+    page = (out / "comparison.html").read_text()
+    section = page[page.index('id="cases"') : page.index('id="activations"')]
+    assert section.count('src="data:image/png;base64,') == 3
+    assert all(f"How many? {index}" in section for index in (0, 2, 4))
+    assert not any(f"How many? {index}" in section for index in (1, 3, 5))
+
+
+def test_a_suite_that_measures_nothing_is_refused(content, tmp_path):
+    nothing = {**content, "evaluation": {"text": ""}}
+    with pytest.raises(ValueError, match="evaluation: nothing is measured: it needs a text, or tasks"):
+        microbat.compare(save(nothing, tmp_path), out=tmp_path / "out")

@@ -63,7 +63,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         if not self.text and not self.tasks:
-            raise ValueError("evaluation measures nothing: it needs a text, or tasks")
+            raise ValueError("nothing is measured: it needs a text, or tasks")
 
 
 @dataclass(frozen=True, kw_only=True)

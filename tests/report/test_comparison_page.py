@@ -196,6 +196,63 @@ def test_what_was_not_measured_leaves_no_trace(content):
     assert 'id="last-step"' not in page
 
 
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+)
+CASE = {
+    "scheme": "W4A4KV16",
+    "benchmark": "vlmblind",
+    "task": "Line Plot Intersections",
+    "question": "How many times do they cross, e.g. {2}?",
+    "answer": "0",
+    "picture": PIXEL,
+    "answers": [
+        {"label": "float", "text": "{0}", "score": 1.0},
+        {"label": "RTN", "text": "There is one: {1}. " + "Really. " * 200, "score": 0.0},
+        {"label": "GPTQ", "text": "", "score": None},
+        {"label": "BATQuant", "text": "{0}", "score": 0.75},
+    ],
+}
+
+
+def test_case_studies_show_picture_question_and_answers_side_by_side(content):
+    page = render(content, [], [CASE], "")
+    section = page[page.index('id="cases"') : page.index('id="last-step"')]
+    assert '<a href="#cases">Case studies</a>' in page
+    assert f'<img src="{PIXEL}"' in section
+    assert "under W4A4KV16 and their first seed" in section
+    assert "How many times do they cross, e.g. {2}?" in section
+    for label, mark, text in (("float", "✓", "{0}"), ("GPTQ", "–", "–"), ("BATQuant", "0.75", "{0}")):
+        assert re.search(f"<td>{label}</td><td[^>]*>{mark}</td><td>{re.escape(text)}</td>", section), label
+    assert re.search("<td>RTN</td><td class=.wrong.>✗</td><td>There is one: {1}.*Really. …|…</td>", section)
+    assert section.count("Really.") < 80
+    assert 'id="cases"' not in render(content, [], [], "")
+
+
+def test_without_a_text_recovery_leads(content):
+    measured = ("perplexity", "ratio", "kl", "top1")
+    entries = [
+        {k: v for k, v in one.items() if k not in measured} | {"standing": {"recovery": one["standing"]["recovery"]}}
+        for one in content["groups"][0]["entries"]
+    ]
+    tasks = {"tiny_vlm": {**sampled(95.25), "by_task": {"lines": 0.9, "circles": 1.0}}}
+    for one in entries:
+        one["tasks"] = {"tiny_vlm": {**sampled(90.5), "by_task": {"lines": 0.8, "circles": 0.95}}}
+    bare = {**content, "evaluation": {}, "tasks": tasks, "groups": [{"title": "", "entries": entries}]}
+    page = render(bare, [], [], "")
+    assert verdict(entries)[0] == (
+        "W4A4KV16: BATQuant + learned rounding recovers most of the float model's scores, 95.50 ± 1.91 %. "
+        "Not distinguishable from it: BATQuant + GPTQ."
+    )
+    assert "Measured on benchmarks alone" in page
+    assert "Perplexity" not in Elements(page).scripts["fig-quality-data"]
+    assert "<th class=n>Perplexity</th>" not in page
+    assert "95.25 ± 0.05" in page
+    assert '<td class="n">80.0%</td>' in page
+    assert 'id="table-last-step"' in page
+    assert "Recovery over the benchmarks (%)" in Elements(page).scripts["fig-time-data"]
+
+
 def test_every_string_is_escaped(content, activations):
     poisoned = copy.deepcopy(content)
     poisoned |= {"title": HOSTILE, "model": HOSTILE}
@@ -210,9 +267,13 @@ def test_every_string_is_escaped(content, activations):
             item["solver"]["name"] += HOSTILE
             item["varied"] = {key + HOSTILE: f"{value}{HOSTILE}" for key, value in item["varied"].items()}
     records = [record | {"label": record["label"] + HOSTILE, "layer": HOSTILE} for record in activations]
-    clean, page = Elements(render(content, activations, [], "")), Elements(render(poisoned, records, [], ""))
+    case = {**CASE, **dict.fromkeys(("benchmark", "task", "question", "answer"), HOSTILE)}
+    case["answers"] = [{**own, "label": HOSTILE, "text": HOSTILE} for own in CASE["answers"]]
+    clean = Elements(render(content, activations, [CASE], ""))
+    page = Elements(render(poisoned, records, [case], ""))
     assert {tag for tag, _ in page.found} == {tag for tag, _ in clean.found}
-    assert not [a for _, a in page.found if "onerror" in a or "src" in a]
+    assert not [a for _, a in page.found if "onerror" in a]
+    assert {a["src"] for _, a in page.found if "src" in a} == {PIXEL}
     assert "alert(" not in "".join(text for name, text in page.scripts.items() if not name)
     for name in FIGURES:
         traces = json.loads(page.scripts[f"{name}-data"])
@@ -220,7 +281,7 @@ def test_every_string_is_escaped(content, activations):
 
 
 def test_browser_draws_every_figure(browser, content, activations, tmp_path):
-    page = write_comparison(content, activations, [], tmp_path / "comparison.html")
+    page = write_comparison(content, activations, [CASE], tmp_path / "comparison.html")
     assert list(tmp_path.iterdir()) == [page]
     drawn = dump_dom(browser, page, tmp_path / "profile")
     (root,) = re.findall(r"<html[^>]*>", drawn)[:1]
