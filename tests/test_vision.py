@@ -212,7 +212,7 @@ def test_text_alone_calibrates_the_language_model(tiny, text_file, tmp_path):
     ):
         assert torch.equal(theirs, ours), name
     measured = microbat.evaluate({"q": out}, text=str(text_file), window=32, windows=2)
-    assert [row["name"] for row in measured["models"]] == ["float", "q"]
+    assert [row["name"] for row in measured["rows"]] == ["float", "q"]
 
 
 def test_coverage_knows_the_tower(tiny):
