@@ -46,7 +46,15 @@ def test_float_function_is_kept(tiny, monkeypatch, name, family):
     tokens = torch.randint(2, 90, (4, 16), generator=torch.Generator().manual_seed(0))
     scheme = Scheme.parse("W4A4KV4")
     rotation = preparer.rotation(
-        ModelData(checkpoint=original, tokens=tokens, scheme=scheme, seed=3, device=torch.device("cpu"), progress=print)
+        ModelData(
+            checkpoint=original,
+            tokens=tokens,
+            scheme=scheme,
+            seed=3,
+            device=torch.device("cpu"),
+            precision="float32",
+            progress=print,
+        )
     )
     checkpoint = original if rotation is None else RotatedCheckpoint(original, rotation)
     blocks = {}
@@ -91,6 +99,7 @@ def test_rotation_moves_the_stream(tiny):
         scheme=Scheme.parse("W4A4"),
         seed=3,
         device=torch.device("cpu"),
+        precision="float32",
         progress=lambda *x: None,
     )
     for name in ("quarot", "brq"):
