@@ -56,7 +56,11 @@ def quantized(tiny, images, tmp_path_factory):
 
     def get(family: str) -> Path:
         if family not in made:
-            options = {"scheme": "W4A4KV4", "settings": {"epochs": 1, "refine_epochs": 1}, "solver": "gptq"}
+            options = {
+                "scheme": "W4A4KV4",
+                "settings": {"epochs": 1, "refine_epochs": 1, "distill_epochs": 1},
+                "solver": "gptq",
+            }
             out = tmp_path_factory.mktemp(family) / "q"
             made[family] = microbat.quantize(tiny(family), out=out, calibration=str(images), **options, **FAST)
         return made[family]
