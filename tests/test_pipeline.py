@@ -63,7 +63,7 @@ def test_reloaded_folder_computes_what_calibration_saw(tiny, text_file, tmp_path
 
     monkeypatch.setattr(pipeline, "calibrate", spy)
     monkeypatch.setattr(pipeline._FolderKeeper, "save", keep)
-    settings = {"epochs": 1} if method in ("batquant", "flatquant") else {}
+    settings = {"batquant": {"epochs": 1, "distill_epochs": 0}, "flatquant": {"epochs": 1}}.get(method, {})
     out = microbat.quantize(
         tiny(family),
         out=tmp_path / "q",

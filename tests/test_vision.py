@@ -56,7 +56,11 @@ def quantized(tiny, images, tmp_path_factory):
 
     def get(family: str) -> Path:
         if family not in made:
-            options = {"scheme": "W4A4KV4", "settings": {"epochs": 1, "refine_epochs": 1}, "solver": "gptq"}
+            options = {
+                "scheme": "W4A4KV4",
+                "settings": {"epochs": 1, "refine_epochs": 1, "distill_epochs": 1},
+                "solver": "gptq",
+            }
             out = tmp_path_factory.mktemp(family) / "q"
             made[family] = microbat.quantize(tiny(family), out=out, calibration=str(images), **options, **FAST)
         return made[family]
@@ -212,7 +216,7 @@ def test_text_alone_calibrates_the_language_model(tiny, text_file, tmp_path):
     ):
         assert torch.equal(theirs, ours), name
     measured = microbat.evaluate({"q": out}, text=str(text_file), window=32, windows=2)
-    assert [row["name"] for row in measured["models"]] == ["float", "q"]
+    assert [row["name"] for row in measured["rows"]] == ["float", "q"]
 
 
 def test_coverage_knows_the_tower(tiny):

@@ -8,7 +8,7 @@ them. ``QuantLinear`` multiplies it by a weight on its format's grid.
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -196,11 +196,33 @@ class QuantBlock:
     kv: KVQuantizer | None = None
     attention: str = "self_attn"
 
+    def thawed(self) -> "QuantBlock":
+        """The same block, its clips learning on; transforms are shared with it."""
+        sites = tuple(replace(site, quantizer=_thawed(site.quantizer)) for site in self.sites)
+        kv = self.kv and KVQuantizer(_thawed(self.kv.key), _thawed(self.kv.value), self.kv.transform)
+        return replace(self, sites=sites, kv=kv)
+
+    @property
+    def transforms(self) -> list[Transform]:
+        """Those of its activations, and of its cache."""
+        own = [*(site.transform for site in self.sites), self.kv and self.kv.transform]
+        return [transform for transform in own if transform is not None]
+
+    @property
+    def quantizers(self) -> list[Activation]:
+        """Those of its activations, and of its cache."""
+        own = [*(site.quantizer for site in self.sites), *((self.kv.key, self.kv.value) if self.kv else ())]
+        return [quantizer for quantizer in own if quantizer is not None]
+
     def shape(self, path: str) -> tuple[int, int]:
         """[N, K] of the linear layer at ``path``: of its codes without the copies that meet residual channels."""
         rows, columns = self.weights[path].shape
         quantizers = (site.quantizer for site in self.sites if path in site.consumers)
         return rows, columns - sum(q.channels for q in quantizers if isinstance(q, Residual))
+
+
+def _thawed(quantizer: Activation | None) -> Activation | None:
+    return quantizer.thaw() if isinstance(quantizer, Clip) else quantizer
 
 
 Linear = Callable[[SiteInput, Weight, Tensor | None], nn.Module]

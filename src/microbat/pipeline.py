@@ -28,7 +28,7 @@ from microbat.calibrate.engine import Job, Precision, Record, calibrate, preflig
 from microbat.calibrate.stream import Sample
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
-from microbat.methods.base import ModelData, Preparer, Quant
+from microbat.methods.base import ModelData, Preparer, Quant, Student
 from microbat.models.base import Checkpoint, linear_layers, resolve
 from microbat.models.padding import padded
 from microbat.models.processor import Processor
@@ -39,11 +39,13 @@ from microbat.recipe import Recipe, describe, to_json
 from microbat.report.activations import activation_record
 from microbat.report.page import write_page
 from microbat.runtime.generate import generate as continuation
+from microbat.runtime.load import assemble
 from microbat.runtime.load import load as load_folder
 from microbat.scheme import Scheme
 
 PICTURED_LAYERS = 3  # worst activations that the report shows, beside the one that every run shows
 RUN_FILE, TOKENS_FILE, ROTATION_FILE = "run.json", "calibration.safetensors", "rotation.safetensors"
+DISTILLED_FILE = "distilled.json"
 
 
 def quantize(model: str | Path, *, out: str | Path, **fields: Any) -> Path:
@@ -85,7 +87,28 @@ def check(recipe: Recipe) -> Checkpoint:
     blocks = (role.format.block for role in (scheme.weight, scheme.activation) if role is not None)
     checkpoint = padded(checkpoint, wanted, math.lcm(*(block or 1 for block in blocks)))
     preflight(checkpoint, scheme, (*preparers, solver))
+    for preparer in preparers:
+        if preparer.distills:
+            _check_memory(checkpoint, preparer, pick_device(recipe.device))
     return checkpoint
+
+
+def _check_memory(checkpoint: Checkpoint, preparer: Preparer, device: torch.device) -> None:
+    """Raise where the float and the quantized model, 4 bytes a weight each, are more than the whole memory of ``device``."""
+    needed = 2 * 4 * sum(parameter.numel() for parameter in checkpoint.skeleton().parameters())
+    there = _memory(device)
+    if needed > there:
+        raise ValueError(
+            f"method {preparer.name!r} distills the whole model at once: two models of {needed / 2e9:.1f} GB do not fit the "
+            f"{there / 1e9:.1f} GB of {device}. --set distill_epochs=0 trains block by block alone."
+        )
+
+
+def _memory(device: torch.device) -> int:
+    """All the memory that there is, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def coverage(recipe: Recipe) -> list[Covered]:
@@ -126,6 +149,7 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
     keeper = _FolderKeeper(partial)
     with _progress(title or f"{recipe.method} {scheme.text}", len(checkpoint.blocks)) as progress:
         records = list(calibrate(job, keeper, _picture, progress))
+    distilled = _distilled(recipe, job, partial)
     floats = {name: checkpoint.tensor(name) for name in checkpoint.names if not checkpoint.in_block(name)}
     folders.write_other(partial / folders.OTHER_SHARD, floats)
     made = {
@@ -137,6 +161,7 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
         "versions": _versions(),
     }
     report = _report(recipe, job, records, partial, made, time.perf_counter() - started)
+    report["distillation"] = distilled
     folders.finish(
         partial,
         out,
@@ -147,6 +172,7 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
             partial / RUN_FILE,
             *([] if tokens else [partial / TOKENS_FILE]),
             *partial.glob(ROTATION_FILE),
+            *partial.glob(DISTILLED_FILE),
             *keeper.record_files(),
         ],
     )
@@ -331,6 +357,7 @@ def _rotated(
                 scheme=scheme,
                 seed=recipe.seed,
                 device=device,
+                precision=_precision(recipe.precision, device),
                 progress=lambda share, loss: progress(0, share, loss),
             )
             rotations = [r for r in (preparer.rotation(data) for preparer in preparers) if r is not None]
@@ -340,6 +367,69 @@ def _rotated(
         save_file({k: t for k, t in tensors.items() if t is not None}, file.with_suffix(".tmp"))
         os.replace(file.with_suffix(".tmp"), file)
     return RotatedCheckpoint(checkpoint, Rotation(**load_file(file)))
+
+
+def _distilled(recipe: Recipe, job: Job, partial: Path) -> dict[str, Any]:
+    """Train the whole quantized model as the method wants it: its shards are written anew beside the old ones, and take their
+    place when all are there. What the report says of it; nothing where no method does."""
+    if not any(preparer.distills for preparer in job.preparers):
+        return {}
+    marker = partial / DISTILLED_FILE
+    shards = [partial / folders.block_shard(index) for index in range(len(job.checkpoint.blocks))]
+    renewed = [shard.with_name(f"distilled-{shard.name}") for shard in shards]
+    if not marker.is_file():
+        with _progress(f"{recipe.method} distillation", 1) as progress:
+            record = _distill(job, shards, renewed, lambda share, loss: progress(0, share, loss))
+        folders.write_json(marker, record)
+    for new, shard in zip(renewed, shards, strict=True):
+        if new.is_file():
+            os.replace(new, shard)
+    _prove(job, shards, partial / folders.PROOF)
+    return json.loads(marker.read_text())
+
+
+def _distill(
+    job: Job, shards: list[Path], renewed: list[Path], progress: Callable[[float, float], None]
+) -> dict[str, Any]:
+    """Write the model of ``shards`` into ``renewed`` as distillation leaves it; its losses and its time."""
+    started = time.perf_counter()
+    data = ModelData(
+        checkpoint=job.checkpoint,
+        tokens=job.tokens,
+        pairs=job.pairs,
+        scheme=job.scheme,
+        seed=job.seed,
+        device=job.device,
+        precision=job.precision,
+        progress=progress,
+    )
+    stored = [folders.read_block(shard) for shard in shards]
+    stored = [dataclasses.replace(block, quantized=block.quantized.thawed()) for block in stored]
+    network = assemble(job.checkpoint, stored, device=job.device)
+    blocks = [block.quantized for block in stored]
+    student = Student(
+        network=network,
+        transforms=[transform for block in blocks for transform in block.transforms],
+        quantizers=[quantizer for block in blocks for quantizer in block.quantizers],
+    )
+    loss = [step for preparer in job.preparers for step in preparer.distill(data, student)]
+    for (_, name), file, block in zip(job.checkpoint.blocks, renewed, blocks, strict=True):
+        folders.write_block(file, name, block, folders.float_tensors(network.get_submodule(name)))
+    return {"loss": loss, "seconds": time.perf_counter() - started}
+
+
+@torch.no_grad()
+def _prove(job: Job, shards: list[Path], proof: Path) -> None:
+    """Renew the proof of a model whose shards have changed: what its last block makes of the first sequence."""
+    model = assemble(job.checkpoint, (folders.read_block(shard) for shard in shards), device=job.device)
+    outputs: list[Tensor] = []
+    blocks = model.get_submodule(job.checkpoint.family.blocks)
+    blocks[-1].register_forward_hook(
+        lambda _, inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+    )
+    with torch.autocast(job.device.type, torch.bfloat16, enabled=job.precision == "bfloat16"):
+        model(**{name: tensor.to(job.device) for name, tensor in job.first.items()}, use_cache=False)
+    folders.write_proof(proof, job.first, outputs[0].to(torch.float32))
 
 
 def pick_device(name: str) -> torch.device:

@@ -58,6 +58,7 @@ def test_float_function_is_kept(tiny, pairs, monkeypatch, name, family):
             scheme=scheme,
             seed=3,
             device=torch.device("cpu"),
+            precision="float32",
             progress=print,
         )
     )
@@ -110,6 +111,7 @@ def test_rotation_moves_the_stream(tiny):
         scheme=Scheme.parse("W4A4"),
         seed=3,
         device=torch.device("cpu"),
+        precision="float32",
         progress=lambda *x: None,
     )
     for name in ("quarot", "brq"):

@@ -22,6 +22,7 @@ def learn(tiny, method):
         scheme=Scheme.parse("W4A4"),
         seed=1,
         device=torch.device("cpu"),
+        precision="float32",
         progress=lambda share, loss: losses.append(loss),
     )
     return method.rotation(data), losses

@@ -56,6 +56,11 @@ class Job:
     batch: int = 4
     pairs: tuple[Sample, ...] = ()
 
+    @property
+    def first(self) -> Sample:
+        """What the model is called with for the first sample."""
+        return self.pairs[0] if self.pairs else {"input_ids": self.tokens[:1]}
+
 
 @dataclass(kw_only=True)
 class Record:
@@ -231,8 +236,7 @@ def calibrate(job: Job, keeper: Keeper, observe: Observer, progress: Progress) -
             model.set_submodule(name, nn.Identity())  # its memory goes; the keeper has what it needs
             progress(index, 1.0, record.error)
             yield record
-    first = job.pairs[0] if job.pairs else {"input_ids": job.tokens[:1]}
-    keeper.finish(first, _sequences(quantized[torch.tensor([0])]))
+    keeper.finish(job.first, _sequences(quantized[torch.tensor([0])]))
 
 
 def _carried(job: Job, model: nn.Module, index: int, name: str, keeper: Keeper) -> Record:

@@ -9,7 +9,7 @@ new :class:`Preparer` or :class:`Solver` is found because it is there.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -143,8 +143,19 @@ class ModelData:
     scheme: Scheme
     seed: int
     device: torch.device
+    precision: Literal["float32", "bfloat16"]
     progress: Callable[[float, float], None]
     pairs: tuple[dict[str, Tensor], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """The quantized model after all blocks' turn, its linear layers floats on their grids, with what happens online to
+    activations and the cache. Its clips learn; of everything else nothing asks for a gradient yet."""
+
+    network: nn.Module
+    transforms: list[Transform]
+    quantizers: list[Quant | Residual]
 
 
 class Method(ABC):
@@ -180,6 +191,15 @@ class Preparer(Method):
     def rotation(self, model: ModelData) -> Rotation | None:
         """How to rotate the whole model before its blocks are prepared; None for not at all."""
         return None
+
+    @property
+    def distills(self) -> bool:
+        """Whether :meth:`distill` does anything."""
+        return False
+
+    def distill(self, model: ModelData, student: Student) -> list[float]:
+        """Train, in place and with the whole model at once, what the quantized model has in floats; the loss of each step."""
+        return []
 
     @abstractmethod
     def prepare(self, data: BlockData, plan: Plan, solver: "Solver") -> Plan: ...

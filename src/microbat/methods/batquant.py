@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.kv import KVQuantizer
-from microbat.methods.base import BlockData, Plan, Preparer, SitePlan, Solver
-from microbat.methods.learn import Inputs, Objective, Schedule, refine_plan, train_plan
+from microbat.methods.base import BlockData, ModelData, Plan, Preparer, SitePlan, Solver, Student
+from microbat.methods.learn import Inputs, Objective, Schedule, distill, refine_plan, train_plan
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.transforms.balance import balanced_blocks
@@ -59,12 +59,23 @@ class BATQuant(Preparer):
     inputs: Inputs = "quantized"  # each block learns to undo what the blocks before it lost; the paper's are float
     refine_epochs: int = 3  # not in the paper: the online side learns on, against the codes of GPTQ; 0 for not at all
     refine_lr: float = 3e-3
+    # Not in the paper: at last the whole model at once against the float model's logits, with the codes of the weights as they
+    # are (LOG.md). It needs both models in memory; 0 trains block by block alone.
+    distill_epochs: int = 2
+    distill_lr: float = 1e-3
 
     def __post_init__(self) -> None:
-        for field in ("lr", "clip_lr", "refine_lr"):
+        for field in ("lr", "clip_lr", "refine_lr", "distill_lr"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{self.name}.{field}={getattr(self, field)} must be 0 or more")
-        for field, least in (("epochs", 0), ("refine_epochs", 0), ("batch", 1), ("g1", 1), ("g", 0)):
+        for field, least in (
+            ("epochs", 0),
+            ("refine_epochs", 0),
+            ("distill_epochs", 0),
+            ("batch", 1),
+            ("g1", 1),
+            ("g", 0),
+        ):
             if getattr(self, field) < least:
                 raise ValueError(f"{self.name}.{field}={getattr(self, field)} must be at least {least}")
         if self.g and self.transform in ("gpk", "naive_kron") and self.g % self.g1:
@@ -107,6 +118,15 @@ class BATQuant(Preparer):
                 epochs=self.refine_epochs, batch=self.batch, objective=self.objective, inputs=self.inputs
             )
             refine_plan(data, plan, codes, lr=self.refine_lr, clip_lr=self.clip_lr, schedule=schedule)
+
+    @property
+    def distills(self) -> bool:
+        return self.distill_epochs > 0
+
+    def distill(self, model: ModelData, student: Student) -> list[float]:
+        return distill(
+            model, student, epochs=self.distill_epochs, batch=self.batch, lr=self.distill_lr, clip_lr=self.clip_lr
+        )
 
     def _cache(self, kv: KVQuantizer, data: BlockData) -> KVQuantizer:
         """P_k, and a clip for each block of a head's lanes."""
@@ -199,3 +219,4 @@ class BATQuantPaper(BATQuant):
     objective: Objective = "mse"
     inputs: Inputs = "float"
     refine_epochs: int = 0
+    distill_epochs: int = 0

@@ -1,4 +1,5 @@
-"""The training loops: a block's quantized output is pulled towards its float output; rotations are learned end to end.
+"""The training loops: a block's quantized output is pulled towards its float output; rotations are learned end to end; the
+logits of the quantized model are pulled towards the float model's.
 
 AdamW with cosine decay over the calibration sequences (paper, section 4.1.2). The objective is either the paper's mean
 squared error (eq. 5), or relative to each token's own energy, so that the few tokens with massive activations do not own
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from microbat.formats.block import QTensor
-from microbat.methods.base import BlockData, ModelData, Plan, Quant, Solver
+from microbat.methods.base import BlockData, ModelData, Plan, Quant, Solver, Student
 from microbat.models.base import Site
 from microbat.models.rotation import RotatedCheckpoint, Rotation
 from microbat.quantizers.clip import Clip
@@ -146,29 +147,45 @@ def train(
     groups = [(parameters, lr) for parameters, lr in groups if parameters]
     if not groups or schedule.epochs == 0:
         return []
+
+    def loss(rows: Tensor) -> Tensor:
+        inputs = drawn(data, rows, schedule.inputs)
+        output = function(inputs, rows)
+        return block_loss(output, data.targets[rows], data.float_inputs[rows], inputs, schedule.objective)
+
+    draws = (torch.randperm(len(data.inputs), generator=data.generator) for _ in range(schedule.epochs))
+    batches = [rows for draw in draws for rows in draw.split(schedule.batch)]
+    return descend(groups, batches, loss, schedule.min_lr_ratio, data.progress, f"block {data.index}")
+
+
+def descend(
+    groups: list[tuple[list[nn.Parameter], float]],
+    batches: list[Tensor],
+    loss_of: Callable[[Tensor], Tensor],
+    floor: float,
+    progress: Callable[[float, float], None],
+    what: str,
+) -> list[float]:
+    """AdamW on ``groups`` of (parameters, learning rate), a step for each batch of rows, down a cosine to ``floor``
+    of the rates; the loss of each step. Raises FloatingPointError, saying in ``what``, when it stops being finite."""
     optimizer = torch.optim.AdamW(
-        [{"params": parameters, "lr": lr} for parameters, lr in groups], weight_decay=0.0, fused=True
+        [{"params": parameters, "lr": lr} for parameters, lr in groups if parameters], weight_decay=0.0, fused=True
     )
-    num = len(data.inputs)
-    steps = schedule.epochs * math.ceil(num / schedule.batch)
-    floor = schedule.min_lr_ratio
+    steps = len(batches)
     cosine = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
     losses: list[float] = []
-    for _ in range(schedule.epochs):
-        for rows in torch.randperm(num, generator=data.generator).split(schedule.batch):
-            inputs = drawn(data, rows, schedule.inputs)
-            output = function(inputs, rows)
-            loss = block_loss(output, data.targets[rows], data.float_inputs[rows], inputs, schedule.objective)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            cosine.step()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"block {data.index}: the loss is {losses[-1]} after {len(losses)} steps")
-            data.progress(len(losses) / steps, losses[-1])
+    for rows in batches:
+        loss = loss_of(rows)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        cosine.step()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"{what}: the loss is {losses[-1]} after {len(losses)} steps")
+        progress(len(losses) / steps, losses[-1])
     return losses
 
 
@@ -184,6 +201,44 @@ def drawn(data: BlockData, rows: Tensor, inputs: Inputs) -> Tensor:
         take = torch.rand(arrived.shape, generator=data.generator) < 0.5
         return torch.where(take.to(arrived.device), arrived, data.float_inputs[rows])
     return data.inputs[rows] if inputs == "quantized" else data.float_inputs[rows]
+
+
+def distill(
+    model: ModelData, student: Student, *, epochs: int, batch: int, lr: float, clip_lr: float, floor: float = 1e-3
+) -> list[float]:
+    """Train what ``student`` has in floats against KL(float model || student) of each token's logits; loss per step.
+
+    That is the transforms of its activations and keys, the gains of its norms and its biases, at ``lr``, and its clips, at
+    ``clip_lr``. Codes and scales of the weights stay. Both models are in memory, and the activations of one batch.
+    """
+    teacher = model.checkpoint.load().to(model.device)
+    family = model.checkpoint.family
+    blocks = [student.network.get_submodule(stack.blocks) for stack in family.stacks]
+    floats = [p for own in blocks for p in own.parameters() if p.dim() == 1]
+    maps = [parameter for transform in student.transforms for parameter in transform.parameters()]
+    clips = learnable(student.quantizers)
+    for parameter in (*floats, *maps, *clips):
+        parameter.requires_grad_()
+    generator = torch.Generator().manual_seed(model.seed)
+    draws = (torch.randperm(len(model.pairs) or len(model.tokens), generator=generator) for _ in range(epochs))
+    batches = [rows for draw in draws for rows in draw.split(batch)]
+
+    def divergence(sample: dict[str, Tensor]) -> Tensor:
+        inputs = {name: tensor.to(model.device) for name, tensor in sample.items()}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.precision == "bfloat16"):
+            with torch.no_grad():
+                target = teacher(**inputs, use_cache=False).logits
+            output = student.network(**inputs, use_cache=False).logits
+        target, output = (_said(logits, inputs).to(torch.float32).log_softmax(-1) for logits in (target, output))
+        return nn.functional.kl_div(output, target, reduction="batchmean", log_target=True)
+
+    def loss(rows: Tensor) -> Tensor:
+        return torch.stack([divergence(sample) for sample in _samples(model, rows)]).mean()
+
+    groups = [(maps, lr), (floats, lr), (clips, clip_lr)]
+    losses = descend(groups, batches, loss, floor, model.progress, "distillation")
+    student.network.requires_grad_(False)
+    return losses
 
 
 def learn_rotation(
@@ -236,7 +291,7 @@ def learn_rotation(
     rows = torch.cat([torch.randperm(num, generator=generator) for _ in range(1 + steps * batch // num)])
     for step in range(steps):
         losses = [
-            _next_token_loss(network, sample, model.device)
+            _next_token_loss(network, sample, model)
             for sample in _samples(model, rows[step * batch : (step + 1) * batch])
         ]
         loss = torch.stack(losses).mean()
@@ -255,15 +310,21 @@ def _samples(model: ModelData, rows: Tensor) -> list[dict[str, Tensor]]:
     return [model.pairs[row] for row in rows.tolist()] if model.pairs else [{"input_ids": model.tokens[rows]}]
 
 
-def _next_token_loss(network: nn.Module, sample: dict[str, Tensor], device: torch.device) -> Tensor:
-    """Cross-entropy of the next token; what an image stands for is not predicted."""
-    inputs = {name: tensor.to(device) for name, tensor in sample.items()}
-    with torch.autocast(device.type, torch.bfloat16):
+def _said(values: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """Of ``values`` [S, L, ...] those at tokens that say something about the next one: all, or all but those before an image's
+    tokens, which nobody predicts."""
+    kinds = inputs.get("mm_token_type_ids")
+    if kinds is None:
+        return values.flatten(0, 1)
+    return values[nn.functional.pad(kinds[:, 1:], (0, 1))[:, : values.shape[1]] == 0]
+
+
+def _next_token_loss(network: nn.Module, sample: dict[str, Tensor], model: ModelData) -> Tensor:
+    """Cross-entropy of the next token."""
+    inputs = {name: tensor.to(model.device) for name, tensor in sample.items()}
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.precision == "bfloat16"):
         logits = network(**inputs, use_cache=False).logits[:, :-1]
-    targets = inputs["input_ids"][:, 1:]
-    if "mm_token_type_ids" in inputs:
-        targets = targets.masked_fill(inputs["mm_token_type_ids"][:, 1:] != 0, -100)
-    return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    return nn.functional.cross_entropy(_said(logits, inputs).float(), _said(inputs["input_ids"][:, 1:], inputs))
 
 
 def cayley_step(x: Tensor, gradient: Tensor, lr: float) -> Tensor:

@@ -47,6 +47,12 @@ class Clip(nn.Module):
         """The same clip with its present ratios as constants."""
         return Clip(self.inner, self.ratios.detach().clone(), whole=self.whole)
 
+    def thaw(self) -> "Clip":
+        """The same clip, learning on from its present ratios."""
+        clip = Clip(self.inner, whole=self.whole)
+        clip.logits = nn.Parameter(torch.logit(self.ratios.detach(), eps=1e-6))
+        return clip
+
     def clip(self, x: Tensor) -> Tensor:
         """``x`` [..., K] with every block clipped; float32."""
         width = x.shape[-1]

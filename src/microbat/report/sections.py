@@ -179,7 +179,7 @@ def _facts(report: dict) -> str:
         ),
         ("Transforms", num_bytes.get("transforms"), size(num_bytes.get("transforms")), ""),
         ("Everything else", num_bytes.get("other"), size(num_bytes.get("other")), "embeddings, norms"),
-        ("Time", report.get("seconds"), duration(report.get("seconds")), ""),
+        ("Time", report.get("seconds"), duration(report.get("seconds")), _distilling(report)),
         ("Peak memory", report.get("peak_memory_bytes"), size(report.get("peak_memory_bytes")), ""),
     ]
     cells = [
@@ -188,6 +188,11 @@ def _facts(report: dict) -> str:
         if value is not None
     ]
     return f'<dl class="facts" id="facts">{"".join(cells)}</dl>' if cells else ""
+
+
+def _distilling(report: dict) -> str:
+    spent = (report.get("distillation") or {}).get("seconds")
+    return f"{duration(spent)} of it distillation" if is_number(spent) else ""
 
 
 def _protocol(evaluation: dict) -> str:
