@@ -288,8 +288,8 @@ def write_pictures(file: Path, seed: str, number: int) -> None:
     """That many pictures of each task, with the first question about each: a jsonl beside a folder of PNGs."""
     (file.parent / "images").mkdir(parents=True, exist_ok=True)
     rows = []
-    for task in TASKS:
-        for index in range(number):
+    for index in range(number):
+        for task in TASKS:
             drawn, name = scene(seed, index, task), f"images/{task}_{index:03d}.png"
             drawn.image.save(file.parent / name)
             question, answer = drawn.questions[0]

@@ -117,7 +117,7 @@ def test_the_script_trains_a_model_that_loads_and_goes_on_from_a_checkpoint(tmp_
     assert (tmp_path / "model" / "model.safetensors").read_bytes() != first
     assert len(first) < 5_000_000
     lines = (tmp_path / "calibration" / "pairs.jsonl").read_text().splitlines()
-    assert [json.loads(line)["task"] for line in lines] == [task for task in TASKS for _ in range(2)]
+    assert [json.loads(line)["task"] for line in lines] == [*TASKS, *TASKS]
 
     problems = load_problems(BENCHMARKS["tiny_vlm"], tmp_path)
     assert len(problems) == 3 * len(TASKS)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from microbat.evaluation.judges import Judge, final
 
-ANLS_THRESHOLD = 0.5  # below, an answer is another one rather than one misread; arXiv 2007.00398, section 4
+ANLS_THRESHOLD = 0.5  # below, an answer is another one rather than one misread; arXiv 2007.00398
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -38,7 +38,7 @@ def exact(fields: Mapping[str, str]) -> Judge:
 
 
 def contains(fields: Mapping[str, str]) -> Judge:
-    """OCRBench's (arXiv 2305.07895, section 3): one of the references, a line each, stands in the answer, whatever the case;
+    """OCRBench's (arXiv 2305.07895): one of the references, a line each, stands in the answer, whatever the case;
     in formulas, ``fields["dataset"]`` HME100k, case counts and spaces do not."""
     formula = fields["dataset"] == "HME100k"
 
@@ -55,8 +55,8 @@ def contains(fields: Mapping[str, str]) -> Judge:
 
 
 def anls(fields: Mapping[str, str]) -> Judge:
-    """Normalized Levenshtein similarity with the nearest reference, each a line (ANLS of DocVQA, arXiv 2007.00398, equation
-    1): 1 - distance / the longer length, nothing below one half."""
+    """Normalized Levenshtein similarity with the nearest reference, each a line (ANLS, as in DocVQA, arXiv 2007.00398):
+    1 - distance / the longer length, and nothing below one half."""
     references = [_spaced(line) for line in fields["answer"].split("\n")]
 
     def judge(text: str) -> float | None:

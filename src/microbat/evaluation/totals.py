@@ -16,7 +16,7 @@ def by_problem(fields: Sequence[Mapping[str, str]], scores: Sequence[float]) -> 
 
 
 def by_picture_and_task(fields: Sequence[Mapping[str, str]], scores: Sequence[float]) -> Groups:
-    """MME's (arXiv 2306.13394, section 2.2): per task, accuracy plus the share of pictures with all answers right, each of 100;
+    """MME's (arXiv 2306.13394): per task, accuracy plus the share of pictures with all answers right, each of 100;
     tasks add up. ``fields`` name the ``task`` and the ``picture`` of each problem."""
     tasks: dict[str, dict[str, list[float]]] = {}
     for problem, score in zip(fields, scores, strict=True):
