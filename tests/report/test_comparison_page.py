@@ -241,7 +241,7 @@ def test_without_a_text_recovery_leads(content):
     bare = {**content, "evaluation": {}, "tasks": tasks, "groups": [{"title": "", "entries": entries}]}
     page = render(bare, [], [], "")
     assert verdict(entries)[0] == (
-        "W4A4KV16: BATQuant + learned rounding recovers most of the float model's scores, 95.50 ± 1.91 %. "
+        "W4A4KV16: BATQuant + learned rounding has the highest recovery, 95.50 ± 1.91 % of the float model's scores. "
         "Not distinguishable from it: BATQuant + GPTQ."
     )
     assert "Measured on benchmarks alone" in page

@@ -30,7 +30,7 @@ LINKS = (
 )
 BEST = {
     "ratio": "has the lowest perplexity, {} times the float model's.",
-    "recovery": "recovers most of the float model's scores, {} %.",
+    "recovery": "has the highest recovery, {} % of the float model's scores.",
 }
 TIED = "≈"  # before a number that is not distinguishable from the best of its scheme
 HOW_ERRORS = (
