@@ -147,6 +147,7 @@ def test_lists():
     benchmarks = run("list", "benchmarks")
     assert "Avg@16" in benchmarks
     assert "gpqa/gpqa_diamond.jsonl" in benchmarks
+    assert "held-out/test.jsonl" in benchmarks
     assert "arc_challenge" in benchmarks
     assert "W4A4KV16" in run("list", "schemes")
 

@@ -364,7 +364,10 @@ def _print_scores(title: str, rows: list[tuple[str, dict[str, Any], str]]) -> No
     for column in ("model", *rows[0][1], NAMES["recovery"]):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, scores, recovered in rows:
-        cells = [_with_error(score["value"], score["error"], 3) + remarks(score) for score in scores.values()]
+        cells = [
+            _with_error(score["value"], score["error"], 3 if score["value"] <= 1 else 2) + remarks(score)
+            for score in scores.values()
+        ]
         table.add_row(Text(name), *cells, recovered)
     console.print(table)
 
@@ -564,7 +567,8 @@ def _list_benchmarks() -> None:
         table.add_column(column)
     for name, benchmark in BENCHMARKS.items():
         judge = benchmark.judge.__name__
-        table.add_row(name, f"Avg@{benchmark.samples}", judge, benchmark.hub[0], benchmark.file)
+        hub = benchmark.hub[0] if benchmark.hub else "scripts/train_tiny_vlm.py makes it"
+        table.add_row(name, f"Avg@{benchmark.samples}", judge, hub, benchmark.file)
     console.print(table)
     console.print(f"by lm-evaluation-harness, from DATA/<name>/validation.jsonl too: {', '.join(task_names())}")
 
