@@ -16,6 +16,7 @@ import microbat
 from microbat import pipeline
 from microbat.calibrate.coverage import coverage
 from microbat.calibrate.engine import Job, calibrate
+from microbat.calibrate.pairs import samples
 from microbat.cli import app
 from microbat.export import folder as folders
 from microbat.formats.microscaling import MXFP4
@@ -272,6 +273,35 @@ def test_bad_pairs(tiny, images, tmp_path, spoil, said):
         (model / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=said):
         microbat.quantize(model, out=tmp_path / "q", **options)
+
+
+def test_gqa_by_name(tiny, images, monkeypatch):
+    """The hub's data set as it would come: encoded images in one table, questions with the images' names in another."""
+    datasets = pytest.importorskip("datasets")
+
+    class Rows(list):
+        def cast_column(self, *arguments):
+            return self
+
+    tables = {
+        "train_balanced_images": [
+            {"id": str(i), "image": {"bytes": (images / f"{i}.png").read_bytes(), "path": None}} for i in range(3)
+        ],
+        "train_balanced_instructions": [
+            {"imageId": str(i), "question": f"What is {i}?", "answer": "x", "fullAnswer": f"It is {i}."} for i in (2, 0)
+        ],
+    }
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, **options: Rows(tables[subset]))
+    checkpoint = Checkpoint(tiny("qwen3_vl"))
+    made, skipped = samples("gqa", checkpoint, 2, 128, torch.Generator(), skip_bad=False)
+    assert skipped == ()
+    said = [pipeline.tokenizer_of(checkpoint.path).decode(sample["input_ids"][0]) for sample in made]
+    assert [text.partition("<|vision_end|>")[2] for text in said] == [
+        "What is 0? assistant: It is 0. ",
+        "What is 2? assistant: It is 2. ",
+    ]
+    with pytest.raises(ValueError, match="'gqa' has 2 pairs; 3 are asked for"):
+        samples("gqa", checkpoint, 3, 128, torch.Generator(), skip_bad=False)
 
 
 def test_images_for_a_model_without_eyes(tiny, images):
