@@ -18,6 +18,7 @@ from microbat.calibrate.coverage import coverage
 from microbat.calibrate.engine import Job, calibrate
 from microbat.calibrate.pairs import samples
 from microbat.cli import app
+from microbat.engines.base import engines
 from microbat.export import folder as folders
 from microbat.formats.microscaling import MXFP4
 from microbat.methods.base import Preparer
@@ -176,6 +177,15 @@ def test_an_altered_layer_of_the_tower_is_named(quantized, tmp_path):
     save_file(tensors, shard, metadata)
     with pytest.raises(Altered, match=r"model\.visual\.blocks\.1\.attn\.qkv\.weight_packed was altered"):
         verify(copy)
+
+
+@pytest.mark.parametrize("name", ["vllm", "llama.cpp"])
+def test_engines_that_were_not_tried_with_images_say_so(name, pairs):
+    images = {"pixel_values": pairs[0]["pixel_values"]}
+    with pytest.raises(
+        ValueError, match=f"{name} was not tried with images; verify this folder with --engine microbat"
+    ):
+        engines()[name]().run(Path(), pairs[0]["input_ids"][0], [], images)
 
 
 def test_an_interrupted_run_goes_on_in_the_tower(tiny, images, tmp_path, monkeypatch):
