@@ -16,7 +16,9 @@ import microbat
 from microbat import pipeline
 from microbat.calibrate.coverage import coverage
 from microbat.calibrate.engine import Job, calibrate
+from microbat.calibrate.pairs import samples
 from microbat.cli import app
+from microbat.engines.base import engines
 from microbat.export import folder as folders
 from microbat.formats.microscaling import MXFP4
 from microbat.methods.base import Preparer
@@ -177,6 +179,15 @@ def test_an_altered_layer_of_the_tower_is_named(quantized, tmp_path):
         verify(copy)
 
 
+@pytest.mark.parametrize("name", ["vllm", "llama.cpp"])
+def test_engines_that_were_not_tried_with_images_say_so(name, pairs):
+    images = {"pixel_values": pairs[0]["pixel_values"]}
+    with pytest.raises(
+        ValueError, match=f"{name} was not tried with images; verify this folder with --engine microbat"
+    ):
+        engines()[name]().run(Path(), pairs[0]["input_ids"][0], [], images)
+
+
 def test_an_interrupted_run_goes_on_in_the_tower(tiny, images, tmp_path, monkeypatch):
     options = {"method": "gptq", "calibration": str(images), **FAST}
     whole = microbat.quantize(tiny("qwen3_vl"), out=tmp_path / "whole", **options)
@@ -272,6 +283,35 @@ def test_bad_pairs(tiny, images, tmp_path, spoil, said):
         (model / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=said):
         microbat.quantize(model, out=tmp_path / "q", **options)
+
+
+def test_gqa_by_name(tiny, images, monkeypatch):
+    """The hub's data set as it would come: encoded images in one table, questions with the images' names in another."""
+    datasets = pytest.importorskip("datasets")
+
+    class Rows(list):
+        def cast_column(self, *arguments):
+            return self
+
+    tables = {
+        "train_balanced_images": [
+            {"id": str(i), "image": {"bytes": (images / f"{i}.png").read_bytes(), "path": None}} for i in range(3)
+        ],
+        "train_balanced_instructions": [
+            {"imageId": str(i), "question": f"What is {i}?", "answer": "x", "fullAnswer": f"It is {i}."} for i in (2, 0)
+        ],
+    }
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, **options: Rows(tables[subset]))
+    checkpoint = Checkpoint(tiny("qwen3_vl"))
+    made, skipped = samples("gqa", checkpoint, 2, 128, torch.Generator(), skip_bad=False)
+    assert skipped == ()
+    said = [pipeline.tokenizer_of(checkpoint.path).decode(sample["input_ids"][0]) for sample in made]
+    assert [text.partition("<|vision_end|>")[2] for text in said] == [
+        "What is 0? assistant: It is 0. ",
+        "What is 2? assistant: It is 2. ",
+    ]
+    with pytest.raises(ValueError, match="'gqa' has 2 pairs; 3 are asked for"):
+        samples("gqa", checkpoint, 3, 128, torch.Generator(), skip_bad=False)
 
 
 def test_images_for_a_model_without_eyes(tiny, images):

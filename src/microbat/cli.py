@@ -539,10 +539,11 @@ def _list_families() -> None:
     from microbat.models.base import families
 
     for name, family in families().items():
-        sites = "; ".join(
-            f"{site.name}: {', '.join(c.rsplit('.', 1)[-1] for c in site.consumers)}" for site in family.sites
-        )
-        console.print(f"[bold]{name}[/] ({sites})", highlight=False)
+        stacks = []
+        for stack in family.stacks:
+            sites = (f"{s.name}: {', '.join(c.rsplit('.', 1)[-1] for c in s.consumers)}" for s in stack.sites)
+            stacks.append(f"{stack.blocks}: " * (stack is not family) + "; ".join(sites))
+        console.print(f"[bold]{name}[/] ({' | '.join(reversed(stacks))})", highlight=False)
 
 
 def _list_schemes() -> None:
