@@ -56,7 +56,9 @@ class BATQuant(Preparer):
     epochs: int = 3
     batch: int = 1  # more steps serve better than larger ones; the paper's is 4
     objective: Objective = "relative"  # the paper's mse fails on massive activations, LOG.md
-    inputs: Inputs = "quantized"  # each block learns to undo what the blocks before it lost; the paper's are float
+    inputs: Inputs = (
+        "mixed"  # a block sees the size of what the blocks before lost, not its pattern; the paper's are float
+    )
     refine_epochs: int = 3  # not in the paper: the online side learns on, against the codes of GPTQ; 0 for not at all
     refine_lr: float = 3e-3
     # Not in the paper: at last the whole model at once against the float model's logits, with the codes of the weights as they
