@@ -19,6 +19,7 @@ from microbat.calibrate.engine import Job, calibrate
 from microbat.calibrate.pairs import samples
 from microbat.cli import app
 from microbat.engines.base import engines
+from microbat.export import compressed_tensors
 from microbat.export import folder as folders
 from microbat.formats.microscaling import MXFP4
 from microbat.methods.base import Preparer
@@ -159,6 +160,7 @@ def test_the_whole_way(quantized, pairs, family, layers, width):
     ]
     assert torch.equal(*answers)
     assert answers[0].shape[1] == pairs[2]["input_ids"].shape[1] + 5
+    assert isinstance(pipeline.generate(out, "Without an image", max_new_tokens=3, device="cpu"), str)
 
 
 def test_an_image_changes_what_is_said(quantized, pairs):
@@ -346,3 +348,14 @@ def test_padding_changes_no_number(tiny):
     assert padded(checkpoint, checkpoint.family.stacks, 16) is checkpoint
     quantizer = AbsMax(format=MXFP4)
     assert torch.equal(quantizer.fake(read)[:, :112], quantizer.fake(stored))  # zeros move no scale
+
+
+def test_an_export_for_transformers(tiny, images, tmp_path):
+    """The layout of compressed-tensors, the tower's packed weights in it, run on the image of its proof."""
+    pytest.importorskip("compressed_tensors")
+    options = {"method": "rtn", "scheme": "W4A16", "calibration": str(images), **FAST}
+    folder = microbat.quantize(tiny("qwen3_vl"), out=tmp_path / "q", **options)
+    out = compressed_tensors.export(folder, tmp_path / "ct", target="transformers")
+    verdict = verify(out)
+    assert verdict.passed, verdict
+    assert verdict.layers == 33
