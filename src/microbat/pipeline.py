@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -19,13 +21,16 @@ from torch import Tensor, nn
 
 from microbat.calibrate import coverage as calibration_coverage
 from microbat.calibrate import data as calibration_data
+from microbat.calibrate import pairs as image_pairs
 from microbat.calibrate.coverage import Covered
 from microbat.calibrate.data import Calibration
 from microbat.calibrate.engine import Job, Precision, Record, calibrate, preflight
+from microbat.calibrate.stream import Sample
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
 from microbat.methods.base import ModelData, Preparer, Quant, Student
-from microbat.models.base import Checkpoint, resolve
+from microbat.models.base import Checkpoint, linear_layers, resolve
+from microbat.models.padding import padded
 from microbat.models.rotation import RotatedCheckpoint, Rotation
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
@@ -65,6 +70,21 @@ def check(recipe: Recipe) -> Checkpoint:
                 f"method {preparer.name!r} cannot act on family {family.name!r}: none of its sites is {missing[0]} "
                 "(microbat.models.base.Site). Choose another method, or say so in the family's file if one is."
             )
+    if image_pairs.are_pairs(recipe.calibration):
+        image_pairs.check(recipe.calibration, checkpoint)
+    wanted = {
+        stack
+        for stack, name in checkpoint.blocks
+        if not all(scheme.ignores(f"{name}.{path}") for path in linear_layers(stack))
+    }
+    unreached = [stack for stack in family.towers if stack in wanted and not image_pairs.are_pairs(recipe.calibration)]
+    if unreached:
+        raise ValueError(
+            f"calibration {recipe.calibration!r} is text, which does not reach {unreached[0].blocks}: give --calibration a "
+            f"folder of images with a .jsonl, or leave them in float with --ignore 're:^{re.escape(unreached[0].blocks)}'"
+        )
+    blocks = (role.format.block for role in (scheme.weight, scheme.activation) if role is not None)
+    checkpoint = padded(checkpoint, wanted, math.lcm(*(block or 1 for block in blocks)))
     preflight(checkpoint, scheme, (*preparers, solver))
     for preparer in preparers:
         if preparer.distills:
@@ -120,12 +140,13 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
         preparers=preparers,
         solver=solver,
         tokens=calibration.tokens,
+        pairs=calibration.pairs,
         seed=recipe.seed,
         precision=_precision(recipe.precision, device),
         device=device,
     )
     keeper = _FolderKeeper(partial)
-    with _progress(title or f"{recipe.method} {scheme.text}", checkpoint.num_blocks) as progress:
+    with _progress(title or f"{recipe.method} {scheme.text}", len(checkpoint.blocks)) as progress:
         records = list(calibrate(job, keeper, _picture, progress))
     distilled = _distilled(recipe, job, partial)
     floats = {name: checkpoint.tensor(name) for name in checkpoint.names if not checkpoint.in_block(name)}
@@ -134,6 +155,7 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
         "recipe": to_json(recipe),
         "methods": [describe(m) for m in (*preparers, solver)],
         "calibration_fingerprint": calibration.fingerprint,
+        **({"calibration_skipped": list(calibration.skipped)} if calibration.skipped else {}),
         "precision": job.precision,
         "versions": _versions(),
     }
@@ -174,10 +196,8 @@ def load(
     path = resolve(folder)
     if folders.is_microbat_folder(path):
         return load_folder(path, dtype=dtype, device=device, backend=backend)
-    Checkpoint(path)  # a damaged checkpoint shows here, with its name
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    checkpoint = Checkpoint(path)  # a damaged checkpoint shows here, with its name
+    return checkpoint.auto.from_pretrained(path, dtype=dtype).to(device).eval()
 
 
 def generate(
@@ -244,8 +264,8 @@ class _FolderKeeper:
         path = self.partial / folders.block_shard(index)
         folders.write_block(path, record.name, block, folders.float_tensors(module))
 
-    def finish(self, tokens: Tensor, outputs: Tensor) -> None:
-        folders.write_proof(self.partial / folders.PROOF, tokens, outputs)
+    def finish(self, sample: Sample, outputs: Tensor) -> None:
+        folders.write_proof(self.partial / folders.PROOF, sample, outputs)
 
     def record_files(self) -> list[Path]:
         return sorted(self.partial.glob("record-*.json"))
@@ -277,12 +297,19 @@ def _open_partial(out: Path, recipe: Recipe, checkpoint: Checkpoint) -> Path:
 
 
 def _calibration(recipe: Recipe, checkpoint: Checkpoint, file: Path, device: torch.device) -> Calibration:
-    """The calibration tokens: those in ``file``, or made now and kept there for the next run."""
-    from safetensors.torch import load_file, save_file
+    """The calibration tokens or pairs: those in ``file``, or made now and kept there for the next run."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
 
     if not file.is_file():
         count, length = recipe.num_calibration_samples, recipe.max_seq_length
-        if recipe.calibration == "self":
+        generator = torch.Generator().manual_seed(recipe.seed)
+        if image_pairs.are_pairs(recipe.calibration):
+            pairs, skipped = image_pairs.samples(
+                recipe.calibration, checkpoint, count, length, generator, skip_bad=recipe.skip_bad
+            )
+            made = Calibration(pairs=pairs, skipped=skipped, source=recipe.calibration)
+        elif recipe.calibration == "self":
             with _progress("writing calibration text", 1) as progress:
                 made = calibration_data.from_model(
                     checkpoint, count, length, recipe.seed, device, lambda share: progress(0, share, 0.0)
@@ -291,11 +318,13 @@ def _calibration(recipe: Recipe, checkpoint: Checkpoint, file: Path, device: tor
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
-            generator = torch.Generator().manual_seed(recipe.seed)
             made = calibration_data.from_text(recipe.calibration, tokenizer, count, length, generator)
-        save_file({"tokens": made.tokens}, file.with_suffix(".tmp"))
+        save_file(made.tensors(), file.with_suffix(".tmp"), {"skipped": json.dumps(made.skipped)})
         os.replace(file.with_suffix(".tmp"), file)
-    return Calibration(tokens=load_file(file)["tokens"], source=recipe.calibration)
+    with safe_open(file, framework="pt") as kept:
+        tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
+        skipped = json.loads((kept.metadata() or {}).get("skipped", "[]"))
+    return Calibration.of(tensors, recipe.calibration, tuple(skipped))
 
 
 def _rotated(
@@ -318,6 +347,7 @@ def _rotated(
             data = ModelData(
                 checkpoint=checkpoint,
                 tokens=calibration.tokens,
+                pairs=calibration.pairs,
                 scheme=scheme,
                 seed=recipe.seed,
                 device=device,
@@ -338,8 +368,8 @@ def _distilled(recipe: Recipe, job: Job, partial: Path) -> dict[str, Any]:
     place when all are there. What the report says of it; nothing where no method does."""
     if not any(preparer.distills for preparer in job.preparers):
         return {}
-    marker, num = partial / DISTILLED_FILE, job.checkpoint.num_blocks
-    shards = [partial / folders.block_shard(index) for index in range(num)]
+    marker = partial / DISTILLED_FILE
+    shards = [partial / folders.block_shard(index) for index in range(len(job.checkpoint.blocks))]
     renewed = [shard.with_name(f"distilled-{shard.name}") for shard in shards]
     if not marker.is_file():
         with _progress(f"{recipe.method} distillation", 1) as progress:
@@ -360,6 +390,7 @@ def _distill(
     data = ModelData(
         checkpoint=job.checkpoint,
         tokens=job.tokens,
+        pairs=job.pairs,
         scheme=job.scheme,
         seed=job.seed,
         device=job.device,
@@ -376,9 +407,7 @@ def _distill(
         quantizers=[quantizer for block in blocks for quantizer in block.quantizers],
     )
     loss = [step for preparer in job.preparers for step in preparer.distill(data, student)]
-    family = job.checkpoint.family
-    for index, (file, block) in enumerate(zip(renewed, blocks, strict=True)):
-        name = f"{family.blocks}.{index}"
+    for (_, name), file, block in zip(job.checkpoint.blocks, renewed, blocks, strict=True):
         folders.write_block(file, name, block, folders.float_tensors(network.get_submodule(name)))
     return {"loss": loss, "seconds": time.perf_counter() - started}
 
@@ -393,8 +422,8 @@ def _prove(job: Job, shards: list[Path], proof: Path) -> None:
         lambda _, inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
     )
     with torch.autocast(job.device.type, torch.bfloat16, enabled=job.precision == "bfloat16"):
-        model(job.tokens[:1].to(job.device), use_cache=False)
-    folders.write_proof(proof, job.tokens, outputs[0].to(torch.float32))
+        model(**{name: tensor.to(job.device) for name, tensor in job.first.items()}, use_cache=False)
+    folders.write_proof(proof, job.first, outputs[0].to(torch.float32))
 
 
 def pick_device(name: str) -> torch.device:

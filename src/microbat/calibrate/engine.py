@@ -4,13 +4,16 @@ For each block: load its float weights; compute its float targets; let the prepa
 the order of the data flow, on statistics of the inputs as quantized so far; swap; measure; hand the result to the
 keeper; go on. Two streams of activations travel along, the float model's and the quantized model's; of the model itself
 only one block is in memory. A block that the keeper already has is not calibrated again, only run.
+
+A model with a vision tower has several stacks of blocks, walked in the order of execution: what the language model gets
+from the tower is quantized in one stream and float in the other.
 """
 
-# Shapes: S sequences, L tokens, K width.
+# Shapes: S sequences, L tokens, K width, R some of the sequences.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -19,12 +22,13 @@ from torch import Tensor, nn
 
 from microbat.calibrate.fake import faked, transformed
 from microbat.calibrate.stats import Hessian
+from microbat.calibrate.stream import Passage, Ragged, Sample, Stream, alike, flat, passage
 from microbat.formats.block import QTensor
 from microbat.formats.composite import Composite, format_name
 from microbat.kv import KVQuantizer
 from microbat.linear import QuantBlock, QuantLinear, QuantSite, SiteInput, install
 from microbat.methods.base import Method, Plan, Preparer, Quant, SitePlan, Solver, Statistics
-from microbat.models.base import Checkpoint, linear_layers
+from microbat.models.base import Checkpoint, Stack, linear_layers
 from microbat.quantizers.clip import Clip
 from microbat.quantizers.mixed import Mixed
 from microbat.quantizers.residual import Residual, effective, facing
@@ -36,7 +40,10 @@ MEASURED_SEQUENCES = 4  # per-layer errors and activation pictures come from the
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to calibrate and how. ``tokens`` is int64 [S, L]; ``batch`` sequences run at once where nothing is trained."""
+    """What to calibrate and how, on ``tokens`` int64 [S, L] or, where there are any, on ``pairs`` of images and text.
+
+    ``batch`` sequences run at once where nothing is trained.
+    """
 
     checkpoint: Checkpoint
     scheme: Scheme
@@ -47,6 +54,12 @@ class Job:
     precision: Precision
     device: torch.device
     batch: int = 4
+    pairs: tuple[Sample, ...] = ()
+
+    @property
+    def first(self) -> Sample:
+        """What the model is called with for the first sample."""
+        return self.pairs[0] if self.pairs else {"input_ids": self.tokens[:1]}
 
 
 @dataclass(kw_only=True)
@@ -69,8 +82,8 @@ class Keeper(Protocol):
 
     def save(self, index: int, block: QuantBlock, module: nn.Module, record: Record) -> None: ...
 
-    def finish(self, tokens: Tensor, outputs: Tensor) -> None:
-        """``outputs`` [S, L, K] is what the last quantized block made of ``tokens`` [S, L]."""
+    def finish(self, sample: Sample, outputs: Tensor) -> None:
+        """``outputs`` [1, L, K] is what the last quantized block made of ``sample``."""
 
 
 Observer = Callable[[str, Tensor, Tensor, Quant], dict[str, Any]]
@@ -80,12 +93,14 @@ Progress = Callable[[int, float, float], None]
 class _Data:
     """One block's data, as methods see it (:class:`microbat.methods.base.BlockData`)."""
 
-    def __init__(self, job: Job, index: int, block: nn.Module, runner: "_Runner", progress: Progress):
-        self.index, self.block, self.head_dim = index, block, job.checkpoint.head_dim
+    def __init__(self, job: Job, stack: Stack, index: int, block: nn.Module, runner: "_Runner", progress: Progress):
+        self.index, self.block, self.head_dim = index, block, job.checkpoint.lanes(stack)
+        self.rotates = stack.rotates
         self.generator = torch.Generator().manual_seed(job.seed * 1_000_003 + index)
         self.progress = lambda done, loss: progress(index, done, loss)
-        self._runner = runner
-        self.inputs = self.float_inputs = self.targets = torch.empty(0)
+        self._stack, self._runner = stack, runner
+        self.inputs: Stream = torch.empty(0)
+        self.float_inputs = self.targets = self.inputs
 
     def absmax(self, path: str) -> Tensor:
         linear = self.block.get_submodule(path)
@@ -96,43 +111,60 @@ class _Data:
     def watch(self, seen: dict[str, Callable[[Tensor], Any]]) -> None:
         with contextlib.ExitStack() as stack:
             for path, see in seen.items():
-                keep = lambda inputs, output, see=see: see(inputs[0].to(torch.float32))  # noqa: E731
+                keep = lambda inputs, output, see=see: see(_sequences(inputs[0]).to(torch.float32))  # noqa: E731
                 stack.enter_context(_watch(self.block.get_submodule(path), keep))
             self._runner.run(self.block, self.float_inputs)
 
-    def faked(self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False) -> Callable[[Tensor], Tensor]:
+    def faked(
+        self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         for site in plan.sites:
             for module in (site.transform, site.activation, *site.weights.values(), plan.kv):
                 if isinstance(module, nn.Module):
                     module.to(self._runner.job.device)
 
-        def function(x: Tensor) -> Tensor:
+        def function(x: Tensor, rows: Tensor) -> Tensor:
             with faked(self.block, plan, weights, rounded) as block:
-                return self._runner.step(block, x)
+                return self._runner.step(block, x, rows)
 
         return function
 
 
 class _Runner:
-    """Runs blocks: the keyword arguments that the model passes to each, the precision, the batches."""
+    """Runs a block: what the model passes to it beside its input (``calls``, one for each sample, or one for all), the
+    precision, the batches."""
 
-    def __init__(self, job: Job, arguments: dict[str, Any]):
-        self.job, self.arguments = job, arguments
+    def __init__(self, job: Job, stack: Stack, calls: Sequence[tuple[tuple, dict[str, Any]]], lengths: tuple[int, ...]):
+        self.job, self.stack, self.calls, self.lengths = job, stack, calls, lengths
 
-    def step(self, block: nn.Module, x: Tensor) -> Tensor:
+    def step(self, block: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
+        """What ``block`` makes of samples ``rows``: ``x`` and the result are [R, L, K], or [T, K] where lengths differ."""
         device = self.job.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.job.precision == "bfloat16"):
-            output = block(x, **self.arguments)
+            if not self.job.pairs:
+                return self._call(block, x, self.calls[0])
+            lengths = [self.lengths[row] for row in rows.tolist()]
+            samples = zip(x.split(lengths), rows.tolist(), strict=True)
+            if self.stack.sequences:
+                return torch.cat([self._call(block, own[None], self.calls[row])[0] for own, row in samples])
+            return torch.cat([self._call(block, own, self.calls[row]) for own, row in samples])
+
+    def _call(self, block: nn.Module, x: Tensor, call: tuple[tuple, dict[str, Any]]) -> Tensor:
+        output = block(x, *call[0], **call[1])
         return (output[0] if isinstance(output, tuple) else output).to(torch.float32)
 
     @torch.no_grad()
-    def run(self, block: nn.Module, x_SLK: Tensor) -> Tensor:
-        return torch.cat([self.step(block, rows) for rows in x_SLK.split(self.job.batch)])
+    def run(self, block: nn.Module, x: Stream) -> Stream:
+        return alike(x, [self.step(block, x[rows], rows) for rows in self.batches(x)])
+
+    def batches(self, x: Stream) -> Iterable[Tensor]:
+        """Numbers of the samples that run at once."""
+        return torch.arange(len(x)).split(self.job.batch)
 
 
 def preflight(checkpoint: Checkpoint, scheme: Scheme, methods: Iterable[Method] = ()) -> None:
     """Raise before any work where a layer does not fit the scheme or one of ``methods``, naming the layer."""
-    family, lanes = checkpoint.family, checkpoint.head_dim
+    lanes = checkpoint.head_dim
     if scheme.cache and scheme.cache.format.block and lanes % scheme.cache.format.block:
         raise ValueError(
             f"the cache: a head has {lanes} lanes, not a multiple of {scheme.cache.format.name}'s block of "
@@ -140,10 +172,10 @@ def preflight(checkpoint: Checkpoint, scheme: Scheme, methods: Iterable[Method] 
             "block divides it."
         )
     model = checkpoint.skeleton()
-    blocks = model.get_submodule(family.blocks)
-    for index, block in enumerate(blocks):
-        for path in linear_layers(family):
-            name = f"{family.blocks}.{index}.{path}"
+    for stack, place in checkpoint.blocks:
+        block = model.get_submodule(place)
+        for path in linear_layers(stack):
+            name = f"{place}.{path}"
             linear = block.get_submodule(path)
             for quantizer in (scheme.weight, scheme.activation):
                 size = quantizer.format.block if quantizer and not scheme.ignores(name) else None
@@ -164,40 +196,64 @@ def calibrate(job: Job, keeper: Keeper, observe: Observer, progress: Progress) -
     """Quantize the model of ``job`` block by block; yields each block's record when its result is kept."""
     checkpoint, family = job.checkpoint, job.checkpoint.family
     model = checkpoint.skeleton()
-    blocks = model.get_submodule(family.blocks)
-    quantized, arguments = _first_inputs(job, model)
-    runner = _Runner(job, arguments)
-    original = quantized
-    for index in range(len(blocks)):
-        started = time.perf_counter()
-        name = f"{family.blocks}.{index}"
-        block = checkpoint.load_into(blocks[index], name).to(job.device)
-        data = _Data(job, index, block, runner, progress)
-        data.inputs, data.float_inputs, data.targets = quantized, original, runner.run(block, original)
-        _check_finite(data.targets, f"the outputs of {name}")
-        kept = keeper.load(index)
-        if kept is None:
-            block_result, record = _quantize_block(job, data, name, observe)
-            install(block, block_result)
-            outputs = runner.run(block, quantized)
-            record.error = _drift(outputs, data.targets)
-            record.seconds = time.perf_counter() - started
-            keeper.save(index, block_result, block, record)
-        else:
-            block_result, floats, record = kept
-            install(block, block_result)
-            block.load_state_dict({k: t.to(job.device) for k, t in floats.items()}, strict=False, assign=True)
-            outputs = runner.run(block, quantized)
-        _check_finite(outputs, f"the quantized outputs of {name}")
-        quantized, original = outputs, data.targets
-        blocks[index] = nn.Identity()  # its memory goes; the keeper has what it needs
-        progress(index, 1.0, record.error)
-        yield record
-    keeper.finish(job.tokens, quantized)
+    towers: _Towers = {}
+    quantized: Stream = torch.empty(0)
+    for stack in family.stacks:
+        own = [(index, name) for index, (of, name) in enumerate(checkpoint.blocks) if of is stack]
+        if stack in family.towers and not job.pairs:
+            for index, name in own:
+                yield _carried(job, model, index, name, keeper)
+            continue
+        through = _enter(job, model, stack, towers)
+        quantized, original = through.quantized, through.original
+        taps = {*(getattr(checkpoint.config_of(stack), stack.taps) if stack.taps else ()), len(own) - 1}
+        towers[stack.blocks] = {}
+        for position, (index, name) in enumerate(own):
+            started = time.perf_counter()
+            block = checkpoint.load_into(model.get_submodule(name), name).to(job.device)
+            runner = through.runner(job, position)
+            data = _Data(job, stack, index, block, runner, progress)
+            data.inputs, data.float_inputs, data.targets = quantized, original, runner.run(block, original)
+            _check_finite(flat(data.targets), f"the outputs of {name}")
+            kept = keeper.load(index)
+            if kept is None:
+                block_result, record = _quantize_block(job, data, name, observe)
+                install(block, block_result)
+                outputs = runner.run(block, quantized)
+                record.error = _drift(flat(outputs), flat(data.targets))
+                record.seconds = time.perf_counter() - started
+                keeper.save(index, block_result, block, record)
+            else:
+                block_result, floats, record = kept
+                install(block, block_result)
+                block.load_state_dict({k: t.to(job.device) for k, t in floats.items()}, strict=False, assign=True)
+                outputs = runner.run(block, quantized)
+            _check_finite(flat(outputs), f"the quantized outputs of {name}")
+            if position in taps:
+                towers[stack.blocks][position] = outputs, data.targets
+            quantized = through.on(position, outputs, through.added)
+            original = through.on(position, data.targets, through.float_added)
+            model.set_submodule(name, nn.Identity())  # its memory goes; the keeper has what it needs
+            progress(index, 1.0, record.error)
+            yield record
+    keeper.finish(job.first, _sequences(quantized[torch.tensor([0])]))
+
+
+def _carried(job: Job, model: nn.Module, index: int, name: str, keeper: Keeper) -> Record:
+    """A block of a tower that no calibration sample reaches: kept as it is."""
+    kept = keeper.load(index)
+    if kept is not None:
+        return kept[2]
+    block = model.get_submodule(name)
+    block.load_state_dict(job.checkpoint.tensors(name), assign=True)
+    record = Record(name=name, index=index, error=0.0, seconds=0.0, loss=[], layers=[])
+    keeper.save(index, QuantBlock(sites=(), weights={}), block, record)
+    model.set_submodule(name, nn.Identity())
+    return record
 
 
 def _quantize_block(job: Job, data: _Data, name: str, observe: Observer) -> tuple[QuantBlock, Record]:
-    plan = _initial_plan(job, name)
+    plan = _initial_plan(job, data._stack, name)
     for preparer in job.preparers:
         plan = preparer.prepare(data, plan, job.solver)
     weights = {path: data.block.get_submodule(path).weight for site in plan.sites for path in site.weights}
@@ -217,10 +273,10 @@ def _quantize_block(job: Job, data: _Data, name: str, observe: Observer) -> tupl
     return QuantBlock(sites=sites, weights=codes, kv=attention.kv, attention=plan.attention), record
 
 
-def _initial_plan(job: Job, name: str) -> Plan:
-    family, cache = job.checkpoint.family, job.scheme.cache
-    plan = Plan(sites=[], kv=cache and KVQuantizer(cache, cache), attention=family.attention)
-    for site in family.sites:
+def _initial_plan(job: Job, stack: Stack, name: str) -> Plan:
+    cache = job.scheme.cache if stack.caches else None
+    plan = Plan(sites=[], kv=cache and KVQuantizer(cache, cache), attention=stack.attention)
+    for site in stack.sites:
         kept = [path for path in site.consumers if not job.scheme.ignores(f"{name}.{path}")]
         if kept and job.scheme.weight is not None:
             plan.sites.append(
@@ -298,16 +354,16 @@ class _Seen(Exception):
 def _hessian(data: _Data, site: SiteInput, path: str) -> Tensor:
     """X^T X / T of a site's quantized activation over the quantized stream; the block runs as far as the site."""
     residual = site.quantizer.channels if isinstance(site.quantizer, Residual) else 0
-    hessian = Hessian(data.block.get_submodule(path).weight.shape[1] - residual, data.inputs.device)
+    hessian = Hessian(data.block.get_submodule(path).weight.shape[1] - residual, data._runner.job.device)
 
     def see(inputs: tuple, output: Tensor) -> None:
         hessian.add(effective(site.quantizer, output))
         raise _Seen
 
     with _watch(site, see):
-        for rows in data.inputs.split(data._runner.job.batch):
+        for rows in data._runner.batches(data.inputs):
             with contextlib.suppress(_Seen):
-                data._runner.step(data.block, rows)
+                data._runner.step(data.block, data.inputs[rows], rows)
     return hessian.mean
 
 
@@ -329,7 +385,9 @@ def _measure(
             first = data.block.get_submodule(next(iter(plan.weights)))
             keep = lambda inputs, output, key=plan.site.name: seen.setdefault(key, inputs[0])  # noqa: E731
             stack.enter_context(_watch(first, keep))
-        data._runner.run(data.block, data.inputs[:MEASURED_SEQUENCES])
+        rows = torch.arange(min(MEASURED_SEQUENCES, len(data.inputs)))
+        with torch.no_grad():
+            data._runner.step(data.block, data.inputs[rows], rows)
     layers: list[dict[str, Any]] = []
     viewed: dict[str, tuple[SitePlan, Quant]] = {}
     for plan in plans:
@@ -360,7 +418,7 @@ def _measure(
                 viewed[f"{name}.{path}"] = plan, plan.activation
     errors = {layer["name"]: layer["output_error"] for layer in layers}
     wanted = [max(viewed, key=errors.__getitem__)] if viewed else []
-    if data.index == job.checkpoint.num_blocks - 1:
+    if data.index == len(job.checkpoint.blocks) - 1:
         wanted += list(viewed)[-1:]
     pictures = []
     for layer in dict.fromkeys(wanted):
@@ -371,27 +429,82 @@ def _measure(
     return layers, pictures
 
 
-def _first_inputs(job: Job, model: nn.Module) -> tuple[Tensor, dict[str, Any]]:
-    """The first block's inputs [S, L, K], and the keyword arguments that the model passes to its blocks."""
-    family = job.checkpoint.family
-    embedding = job.checkpoint.load_into(model.get_submodule(family.embedding), family.embedding).to(job.device)
-    model.get_submodule(family.rotary).to(job.device)
-    first = model.get_submodule(family.blocks)[0]
-    caught: dict[str, Any] = {}
+_Towers = dict[str, dict[int, tuple[Stream, Stream]]]  # path -> block -> its outputs, quantized and float
 
-    class Caught(Exception):
-        pass
 
-    def catch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        caught.update(kwargs)
-        raise Caught
+@dataclass(frozen=True, kw_only=True)
+class _Through:
+    """The way through a stack: what its first block gets, quantized and float; what the model passes to its blocks; what it
+    adds between them, block by block, None for nothing."""
 
-    with first.register_forward_pre_hook(catch, with_kwargs=True), contextlib.suppress(Caught), torch.no_grad():
-        model(job.tokens[:1].to(job.device), use_cache=False)
-    with torch.no_grad():
-        inputs = torch.cat([embedding(rows.to(job.device)) for rows in job.tokens.split(job.batch)])
-    model.set_submodule(family.embedding, nn.Identity())
-    return inputs, caught
+    stack: Stack
+    quantized: Stream
+    original: Stream
+    passages: list[Passage]
+    added: list[Stream | None]
+    float_added: list[Stream | None]
+
+    def runner(self, job: Job, position: int) -> _Runner:
+        lengths = self.quantized.lengths if isinstance(self.quantized, Ragged) else ()
+        return _Runner(job, self.stack, [passage.calls[position] for passage in self.passages], lengths)
+
+    def on(self, position: int, outputs: Stream, added: list[Stream | None]) -> Stream:
+        """What the next block gets."""
+        extra = added[position]
+        return outputs if extra is None else alike(outputs, [flat(outputs) + flat(extra)])
+
+
+def _enter(job: Job, model: nn.Module, stack: Stack, towers: _Towers) -> _Through:
+    """Run ``model`` up to ``stack`` and around its blocks, on what the ``towers`` before it gave."""
+    checkpoint, family = job.checkpoint, job.checkpoint.family
+    checkpoint.load_entry(model)
+    around = [model.get_submodule(path) for path in (family.embedding, *family.others)]
+    for module in (*around, *(model.get_submodule(own.rotary) for own in family.stacks)):
+        module.to(job.device)
+    if job.pairs:
+        ways = [_passages(job, model, stack, towers, version) for version in ((0, 1) if towers else (0,))]
+        streams = [_stream([way.inputs for way in passages]) for passages in ways]
+        added = [[_added(passages, i) for i in range(len(passages[0].added))] for passages in ways]
+    else:
+        ways = [[passage(model, stack, {"input_ids": job.tokens[:1].to(job.device)}, {})]]
+        embedding = model.get_submodule(family.embedding)
+        with torch.no_grad():
+            streams = [torch.cat([embedding(rows.to(job.device)) for rows in job.tokens.split(job.batch)])]
+        added = [[None] * len(ways[0][0].added)]
+    for module in around:
+        module.to("meta")
+    return _Through(
+        stack=stack,
+        quantized=streams[0],
+        original=streams[-1],
+        passages=ways[0],
+        added=added[0],
+        float_added=added[-1],
+    )
+
+
+def _passages(job: Job, model: nn.Module, stack: Stack, towers: _Towers, version: Literal[0, 1]) -> list[Passage]:
+    """The way of every pair, on what the towers' quantized (0) or float (1) blocks gave."""
+    passages = []
+    for row, sample in enumerate(job.pairs):
+        own = torch.tensor([row])
+        before = {path: {i: both[version][own] for i, both in given.items()} for path, given in towers.items()}
+        there = {name: tensor.to(job.device) for name, tensor in sample.items()}
+        passages.append(passage(model, stack, there, before))
+    return passages
+
+
+def _stream(samples: list[Tensor]) -> Ragged:
+    tokens = [sample.flatten(0, -2).to(torch.float32) for sample in samples]
+    return Ragged(torch.cat(tokens), tuple(len(own) for own in tokens))
+
+
+def _added(passages: list[Passage], position: int) -> Ragged | None:
+    own = [way.added[position] for way in passages]
+    if all(extra is None for extra in own):
+        return None
+    zeros = (torch.zeros_like(way.inputs) for way in passages)
+    return _stream([zero if extra is None else extra for zero, extra in zip(zeros, own, strict=True)])
 
 
 @contextlib.contextmanager
@@ -406,6 +519,11 @@ def _watch(module: nn.Module, see: Callable[[tuple, Tensor], Any]) -> Iterator[N
         yield
     finally:
         handle.remove()
+
+
+def _sequences(x: Tensor) -> Tensor:
+    """[S, L, K], also where tokens are packed [T, K]."""
+    return x if x.dim() == 3 else x[None]
 
 
 def _drift(output: Tensor, target: Tensor) -> float:

@@ -94,15 +94,25 @@ def _by_head(transform: Callable[[Tensor], Tensor], x: Tensor, lanes: int) -> Te
         return transform(x.unflatten(-1, (-1, lanes))).flatten(-2)
 
 
+class Stream(Protocol):
+    """Activations of S sequences, float32. ``x[rows]``, ``rows`` int64 [R], are those of some: [R, L, K] or, where each has a
+    length of its own, all their tokens [T, K]."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor: ...
+
+
 class BlockData(Protocol):
-    """One block's calibration data, as a method sees it. Tensors are [S, L, K], float32."""
+    """One block's calibration data, as a method sees it. ``rotates``: a rotation of the whole model reaches its stream."""
 
     index: int
     block: nn.Module
     head_dim: int
-    inputs: Tensor
-    targets: Tensor
-    float_inputs: Tensor
+    rotates: bool
+    inputs: Stream
+    targets: Stream
+    float_inputs: Stream
     generator: torch.Generator
     progress: Callable[[float, float], None]
 
@@ -113,8 +123,11 @@ class BlockData(Protocol):
         """Run the float block over the float stream once; each function gets the inputs [S, L, K] of the linear layer at its
         path, batch by batch."""
 
-    def faked(self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False) -> Callable[[Tensor], Tensor]:
-        """The block as a differentiable function that quantizes by ``plan``, with ``weights`` in its linear layers.
+    def faked(
+        self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """The block as a differentiable function of inputs and the rows that they belong to, which quantizes by ``plan``, with
+        ``weights`` in its linear layers.
 
         ``rounded`` weights are on their grid already, in the basis of the transformed activation: they are left alone.
         """
@@ -122,7 +135,8 @@ class BlockData(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelData:
-    """The float model and the calibration ``tokens`` int64 [S, L], as a method sees them before the blocks' turn."""
+    """The float model and the calibration ``tokens`` int64 [S, L], or ``pairs`` of images and text, each what the model is called
+    with, as a method sees them before the blocks' turn."""
 
     checkpoint: Checkpoint
     tokens: Tensor
@@ -131,6 +145,7 @@ class ModelData:
     device: torch.device
     precision: Literal["float32", "bfloat16"]
     progress: Callable[[float, float], None]
+    pairs: tuple[dict[str, Tensor], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

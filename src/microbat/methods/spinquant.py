@@ -49,7 +49,7 @@ class SpinQuant(Preparer):
     def rotation(self, model: ModelData) -> Rotation:
         generator = torch.Generator().manual_seed(model.seed)
         checkpoint = model.checkpoint
-        stream = random_hadamard(checkpoint.config.hidden_size, generator)
+        stream = random_hadamard(checkpoint.width, generator)
         heads = torch.stack([random_hadamard(checkpoint.head_dim, generator) for _ in range(checkpoint.num_blocks)])
         start = Rotation(stream=stream, heads=heads)
         return learn_rotation(
@@ -58,7 +58,7 @@ class SpinQuant(Preparer):
 
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
         for site in plan.sites:
-            if not site.site.normed and not site.site.headed:
+            if not (site.site.normed and data.rotates) and not site.site.headed:
                 width = data.block.get_submodule(site.site.consumers[0]).in_features
                 site.transform = Hadamard(width=width)
         if plan.kv is not None:

@@ -7,6 +7,8 @@ as x but not the same channels. Then, with h the residual stream and h R the rot
     what reads the stream:                     W diag(gain) R
     values, head by head with H:               rows of v H^T,  columns of o H  (attention mixes tokens, not lanes)
 
+A vision tower writes to the stream by the last layers of its mergers (``Family.feeds``); its own stream stays as it is.
+
 (QuaRot, arXiv 2404.00456, section 4.) The authors subtract the mean of each embedding row first, which is right for
 LayerNorm and wrong for RMSNorm (sheet B4, T8); here it is left alone. A tied output head is untied, since embedding and
 head are rotated alike but only the head takes the final norm's gain.
@@ -14,6 +16,8 @@ head are rotated alike but only the head takes the final norm's gain.
 
 # Shapes: K hidden size, D head size, N out.
 
+import copy
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,13 +46,13 @@ class RotatedCheckpoint(Checkpoint):
 
     @cached_property
     def config(self) -> Any:
-        config = super().config
+        config = copy.deepcopy(self.original.config)
         config.tie_word_embeddings = False
         return config
 
     @property
     def config_changes(self) -> dict[str, Any]:
-        return {"tie_word_embeddings": False}
+        return {**self.original.config_changes, "tie_word_embeddings": False}
 
     @property
     def names(self) -> Iterable[str]:
@@ -67,7 +71,9 @@ class RotatedCheckpoint(Checkpoint):
             stored = self.original.tensor(name if name in self.original.names else f"{family.embedding}.weight")
             gain = self._read(f"{family.norm}.weight")
             return ((stored.to(torch.float64) * gain) @ stream).to(stored.dtype)
-        if not self.in_block(name):
+        if any(re.fullmatch(pattern, module) for pattern in family.feeds):
+            return (stream.T @ self._read(name)).to(self.original.tensor(name).dtype)
+        if not name.startswith(f"{family.blocks}."):
             return self.original.tensor(name)
         index, _, path = module.removeprefix(family.blocks + ".").partition(".")
         return self._in_block(name, int(index), path, kind)
