@@ -82,7 +82,7 @@ class Workers:
 
     def _start(self, ray: Any, threads: int) -> None:
         if self.address:
-            ray.init(address=self.address, log_to_driver=False)
+            ray.init(address=self.address, log_to_driver=False, logging_level="error")
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
         ray.init(
@@ -90,6 +90,7 @@ class Workers:
             num_cpus=self.count * threads,
             include_dashboard=False,
             log_to_driver=False,
+            logging_level="error",
             _system_config={"task_oom_retries": RETRIES},
         )
 
