@@ -88,7 +88,10 @@ def quantize(
         bool, typer.Option("--strict", help="Stop where the table of layers has a surprise in it.")
     ] = False,
     workers: Annotated[
-        int, typer.Option(help="Processes that train blocks side by side, where the method allows it (extra: microbat[ray]).")
+        int,
+        typer.Option(
+            help="Processes that train blocks side by side, where the method allows it (extra: microbat[ray])."
+        ),
     ] = 1,
     address: Annotated[
         str, typer.Option(help="The Ray cluster that has the workers, as head:6379 or auto; empty: this machine.")

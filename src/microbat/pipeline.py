@@ -169,6 +169,7 @@ def run(
     ahead = crew and crew.ahead(keeper.has)
     with _progress(title or f"{recipe.method} {scheme.text}", len(checkpoint.blocks)) as progress:
         records = _most_telling(calibrate(job, keeper, _picture, progress, ahead))
+    distilled = _distilled(recipe, job, partial)
     floats = {name: checkpoint.tensor(name) for name in checkpoint.names if not checkpoint.in_block(name)}
     folders.write_other(partial / folders.OTHER_SHARD, floats)
     made = {
@@ -181,6 +182,7 @@ def run(
     }
     others = sum(tensor.numel() for tensor in floats.values())
     report = _report(recipe, job, records, others, partial, made, time.perf_counter() - started)
+    report["distillation"] = distilled
     folders.finish(
         partial,
         out,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 STREAMS = 3  # at a time: the quantized one, and a float block's inputs and targets
 SHARE = 0.25  # of what is free, for activations; the rest is for a block, what trains in it, and its statistics
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # Files of a control group: its limit, what it uses, and the cached files that it would give up first. Version 2, then 1.
 CGROUP_FILES = (
     ("memory.max", "memory.current", ("active_file", "inactive_file")),
@@ -81,8 +81,7 @@ def _available() -> int:
 
 def _limits() -> Iterator[tuple[int, int]]:
     """The limit of this process's control group and of every one above it, and what is used of it."""
-    file = Path("/proc/self/cgroup")
-    for line in file.read_text().splitlines() if file.is_file() else ():
+    for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else ():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
