@@ -90,7 +90,7 @@ def test_a_negative_rate_is_refused():
 
 
 def test_a_model_too_large_for_the_memory_is_refused_before_work(tiny, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "_memory", lambda device: 100_000)
-    with pytest.raises(ValueError, match=r"do not fit the 0.0 GB of cpu. --set distill_epochs=0"):
+    monkeypatch.setattr(pipeline, "total_memory", lambda device: 100_000)
+    with pytest.raises(ValueError, match=r"distills the whole model at once \(distill_epochs=0 .* cpu has 0.0 GB"):
         quantize(tiny, text_file, tmp_path / "q", distill_epochs=1)
     assert not list(tmp_path.iterdir())
