@@ -105,7 +105,7 @@ def test_bytes_of_one_process_though_a_worker_is_killed_and_one_runs_out_of_memo
 
 
 def test_what_a_method_says_of_its_inputs_decides():
-    said = "trains each block on what the quantized blocks before it make (inputs=quantized; inputs=float does not)"
+    said = "trains each block on what the quantized blocks before it make (inputs=mixed; inputs=float does not)"
     assert BATQuant().in_order == said
     assert "inputs=mixed" in BATQuant(inputs="mixed").in_order
     assert not BATQuant(inputs="float").in_order
