@@ -5,7 +5,8 @@ on real answers without a download.
 
 writes DIR/model (a transformers folder with tokenizer and image processor, BF16), DIR/calibration and DIR/held-out (pictures
 and a jsonl each). Interrupted, the same command goes on from the last checkpoint. The pictures are those of blind_scenes.py,
-new ones in every step; those of calibration and of the held-out set are drawn from seeds of their own.
+new ones in every step; those of calibration and of the held-out set are drawn from seeds of their own. At the end some channels
+are made to stand out as in large models, without a change of the function (outlier_channels.py); 4 bits cost it nothing otherwise.
 """
 
 # Shapes: B pictures of a step, T tokens of the longest conversation.
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from blind_scenes import SIZE, TASKS, Scene, scene
+from outlier_channels import grow
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -276,8 +278,9 @@ def accuracies(model: Any, conversations: Conversations, seed: str, number: int)
     return {task: round(share, 3) for task, share in found.items()}
 
 
-def write_model(folder: Path, model: Any, conversations: Conversations) -> None:
-    """A folder that transformers loads."""
+def write_model(folder: Path, model: Any, conversations: Conversations, seed: int) -> None:
+    """A folder that transformers loads. Its channels stand out as those of large models do; see outlier_channels.py."""
+    grow(model, seed)
     model.set_attn_implementation("sdpa")
     model.to(torch.bfloat16).save_pretrained(folder)
     conversations.tokenizer.save_pretrained(folder)
@@ -310,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     write_pictures(arguments.out / "calibration" / "pairs.jsonl", "calibration", PICTURES["calibration"])
     write_pictures(arguments.out / "held-out" / "test.jsonl", "held-out", PICTURES["held-out"])
     model, conversations = train(arguments)
-    write_model(arguments.out / "model", model, conversations)
+    write_model(arguments.out / "model", model, conversations, arguments.seed)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,43 @@ def test_words_are_one_to_three_letters_apart():
     assert lengths == {1, 2, 3}
 
 
+def test_outlier_channels_change_activations_and_not_the_function():
+    import train_tiny_vlm
+    from outlier_channels import grow
+
+    tokenizer = train_tiny_vlm.make_tokenizer()
+    conversations = train_tiny_vlm.Conversations(tokenizer, train_tiny_vlm.make_image_processor())
+    inputs = conversations(drawn("colours")[:3])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = train_tiny_vlm.make_model(tokenizer).eval()
+    peaks = {}
+    layers = (
+        "language_model.layers.1.mlp.down_proj",
+        "language_model.layers.2.mlp.up_proj",
+        "visual.blocks.1.attn.qkv",
+    )
+
+    def logits():
+        hooks = [
+            model.model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name: peaks.update({name: float(args[0].abs().max() / args[0].std())})
+            )
+            for name in layers
+        ]
+        with torch.no_grad():
+            found = model(**inputs).logits
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    before, calm = logits(), dict(peaks)
+    grow(model, 0)
+    after = logits()
+    assert (after - before).abs().max() < 1e-5 * before.abs().max()
+    assert all(peaks[name] > 1.5 * calm[name] for name in layers), (calm, peaks)
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 def test_the_script_trains_a_model_that_loads_and_goes_on_from_a_checkpoint(tmp_path, monkeypatch, capsys):
     import train_tiny_vlm
