@@ -5,8 +5,9 @@ on real answers without a download.
 
 writes DIR/model (a transformers folder with tokenizer and image processor, BF16), DIR/calibration and DIR/held-out (pictures
 and a jsonl each). Interrupted, the same command goes on from the last checkpoint. The pictures are those of blind_scenes.py,
-new ones in every step; those of calibration and of the held-out set are drawn from seeds of their own. At the end some channels
-are made to stand out as in large models, without a change of the function (outlier_channels.py); 4 bits cost it nothing otherwise.
+new ones in every step; those of calibration and of the held-out set are drawn from seeds of their own. At the end some
+channels are made to stand out as in large models, without a change of the function (outlier_channels.py): as trained, 4 bits
+cost the model nothing.
 """
 
 # Shapes: B pictures of a step, T tokens of the longest conversation.
