@@ -87,6 +87,15 @@ def quantize(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop where the table of layers has a surprise in it.")
     ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            help="Processes that train blocks side by side, where the method allows it (extra: microbat[ray])."
+        ),
+    ] = 1,
+    address: Annotated[
+        str, typer.Option(help="The Ray cluster that has the workers, as head:6379 or auto; empty: this machine.")
+    ] = "",
 ) -> None:
     """Quantize a model into a folder. An interrupted run goes on where it stopped when the same command runs again.
 
@@ -119,7 +128,9 @@ def quantize(
                 device=device,
             )
         _print_coverage(pipeline.coverage(chosen), strict)
-        folder = pipeline.run(chosen, out)
+        if (workers > 1 or address) and (why := pipeline.in_order(chosen)):
+            console.print(f"{why}: blocks are calibrated in order, by one process", soft_wrap=True, highlight=False)
+        folder = pipeline.run(chosen, out, workers=workers, address=address)
         page = pipeline.write_report(folder)
     content = json.loads((folder / "report.json").read_text())
     for reason in content["recipe"].get("calibration_skipped", ()):

@@ -25,7 +25,9 @@ from microbat.calibrate import pairs as image_pairs
 from microbat.calibrate.coverage import Covered
 from microbat.calibrate.data import Calibration
 from microbat.calibrate.engine import Job, Precision, Record, calibrate, preflight
+from microbat.calibrate.memory import total_memory
 from microbat.calibrate.stream import Sample
+from microbat.calibrate.workers import Workers
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
 from microbat.methods.base import ModelData, Preparer, Quant, Student
@@ -43,13 +45,15 @@ from microbat.runtime.load import load as load_folder
 from microbat.scheme import Scheme
 
 PICTURED_LAYERS = 3  # worst activations that the report shows, beside the one that every run shows
+SELF_CALIBRATION = "calibration 'self' is text that the model writes (a file or a data set is not)"
 RUN_FILE, TOKENS_FILE, ROTATION_FILE = "run.json", "calibration.safetensors", "rotation.safetensors"
 DISTILLED_FILE = "distilled.json"
 
 
-def quantize(model: str | Path, *, out: str | Path, **fields: Any) -> Path:
-    """Quantize ``model`` (a folder or a name on the hub) into the folder ``out``; ``fields`` are those of a Recipe."""
-    return run(Recipe(model=str(model), **fields), out)
+def quantize(model: str | Path, *, out: str | Path, workers: int = 1, address: str = "", **fields: Any) -> Path:
+    """Quantize ``model`` (a folder or a name on the hub) into the folder ``out``; ``fields`` are those of a Recipe, the others as
+    in :func:`run`."""
+    return run(Recipe(model=str(model), **fields), out, workers=workers, address=address)
 
 
 def check(recipe: Recipe) -> Checkpoint:
@@ -87,27 +91,28 @@ def check(recipe: Recipe) -> Checkpoint:
     checkpoint = padded(checkpoint, wanted, math.lcm(*(block or 1 for block in blocks)))
     preflight(checkpoint, scheme, (*preparers, solver))
     for preparer in preparers:
-        if preparer.distills:
-            _check_memory(checkpoint, preparer, pick_device(recipe.device))
+        if preparer.whole_model:
+            what = f"method {preparer.name!r} {preparer.whole_model.why}"
+            _check_fits(what, 4 * preparer.whole_model.copies, checkpoint, pick_device(recipe.device))
     return checkpoint
 
 
-def _check_memory(checkpoint: Checkpoint, preparer: Preparer, device: torch.device) -> None:
-    """Raise where the float and the quantized model, 4 bytes a weight each, are more than the whole memory of ``device``."""
-    needed = 2 * 4 * sum(parameter.numel() for parameter in checkpoint.skeleton().parameters())
-    there = _memory(device)
+def _check_fits(what: str, size: int, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Raise ValueError where the whole model, ``size`` bytes a number, is more than all the memory of ``device``."""
+    needed, there = size * checkpoint.num_parameters, total_memory(device)
     if needed > there:
         raise ValueError(
-            f"method {preparer.name!r} distills the whole model at once: two models of {needed / 2e9:.1f} GB do not fit the "
-            f"{there / 1e9:.1f} GB of {device}. --set distill_epochs=0 trains block by block alone."
+            f"{what}; the whole model has to be in memory for that: {needed / 1e9:.1f} GB, and {device} has {there / 1e9:.1f} GB"
         )
 
 
-def _memory(device: torch.device) -> int:
-    """All the memory that there is, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def in_order(recipe: Recipe) -> str:
+    """Why blocks are calibrated one after the other, in a sentence; empty where workers can prepare them side by side."""
+    preparers, solver = recipe.methods()
+    for method in preparers:
+        if method.in_order:
+            return f"{method.name} {method.in_order}"
+    return "" if preparers else f"{solver.name} trains nothing"
 
 
 def coverage(recipe: Recipe) -> list[Covered]:
@@ -115,12 +120,21 @@ def coverage(recipe: Recipe) -> list[Covered]:
     return calibration_coverage.coverage(check(recipe), recipe.parsed_scheme())
 
 
-def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: str = "") -> Path:
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    tokens: Path | None = None,
+    title: str = "",
+    workers: int = 1,
+    address: str = "",
+) -> Path:
     """Quantize ``recipe.model`` into the folder ``out`` and return it.
 
     Work in progress lies in ``<out>.partial``; a run that was interrupted goes on at the block where it stopped.
     ``tokens`` is a file of calibration tokens, as :func:`write_tokens` makes it, instead of tokens of this run's own.
-    ``title`` stands before the progress bar.
+    ``title`` stands before the progress bar. ``workers`` processes of this machine, or of the Ray cluster at ``address``, prepare
+    blocks side by side where the recipe allows it (:func:`in_order`); the bytes are those of one.
     Raises ValueError for whatever is wrong with the request, before anything is computed.
     """
     started = time.perf_counter()
@@ -130,9 +144,14 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
     checkpoint = check(recipe)
     preparers, solver = recipe.methods()
     scheme = recipe.parsed_scheme()
-    partial = _open_partial(out, recipe, checkpoint)
+    crew = None if in_order(recipe) else Workers.of(workers, address)
     device = pick_device(recipe.device)
-    calibration = _calibration(recipe, checkpoint, tokens or partial / TOKENS_FILE, device)
+    partial = out.with_name(out.name + ".partial")
+    tokens_file = tokens or partial / TOKENS_FILE
+    if recipe.calibration == "self" and not tokens_file.is_file():
+        _check_fits(SELF_CALIBRATION, 2, checkpoint, device)
+    _open_partial(partial, recipe, checkpoint)
+    calibration = _calibration(recipe, checkpoint, tokens_file, device)
     checkpoint = _rotated(recipe, checkpoint, preparers, scheme, calibration, device, partial)
     job = Job(
         checkpoint=checkpoint,
@@ -144,10 +163,12 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
         seed=recipe.seed,
         precision=_precision(recipe.precision, device),
         device=device,
+        scratch=partial,
     )
     keeper = _FolderKeeper(partial)
+    ahead = crew and crew.ahead(keeper.has)
     with _progress(title or f"{recipe.method} {scheme.text}", len(checkpoint.blocks)) as progress:
-        records = list(calibrate(job, keeper, _picture, progress))
+        records = _most_telling(calibrate(job, keeper, _picture, progress, ahead))
     distilled = _distilled(recipe, job, partial)
     floats = {name: checkpoint.tensor(name) for name in checkpoint.names if not checkpoint.in_block(name)}
     folders.write_other(partial / folders.OTHER_SHARD, floats)
@@ -159,7 +180,8 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
         "precision": job.precision,
         "versions": _versions(),
     }
-    report = _report(recipe, job, records, partial, made, time.perf_counter() - started)
+    others = sum(tensor.numel() for tensor in floats.values())
+    report = _report(recipe, job, records, others, partial, made, time.perf_counter() - started)
     report["distillation"] = distilled
     folders.finish(
         partial,
@@ -181,7 +203,10 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
 def write_tokens(recipe: Recipe, file: Path) -> None:
     """Make the calibration tokens of ``recipe`` in ``file``, for runs that share them, where it is not there yet."""
     if not file.is_file():
-        _calibration(recipe, Checkpoint(resolve(recipe.model)), file, pick_device(recipe.device))
+        checkpoint, device = Checkpoint(resolve(recipe.model)), pick_device(recipe.device)
+        if recipe.calibration == "self":
+            _check_fits(SELF_CALIBRATION, 2, checkpoint, device)
+        _calibration(recipe, checkpoint, file, device)
 
 
 def load(
@@ -251,12 +276,12 @@ class _FolderKeeper:
     def __init__(self, partial: Path):
         self.partial = partial
 
-    def load(self, index: int) -> tuple[QuantBlock, dict[str, Tensor], Record] | None:
-        shard = self.partial / folders.block_shard(index)
-        if not shard.is_file():
-            return None
+    def has(self, index: int) -> bool:
+        return (self.partial / folders.block_shard(index)).is_file()
+
+    def load(self, index: int) -> tuple[QuantBlock, dict[str, Tensor], Record]:
         record = Record(**json.loads(self._record(index).read_text()))
-        stored = folders.read_block(shard)
+        stored = folders.read_block(self.partial / folders.block_shard(index))
         return stored.quantized, stored.floats, record
 
     def save(self, index: int, block: QuantBlock, module: nn.Module, record: Record) -> None:
@@ -274,9 +299,8 @@ class _FolderKeeper:
         return self.partial / f"record-{index:03d}.json"
 
 
-def _open_partial(out: Path, recipe: Recipe, checkpoint: Checkpoint) -> Path:
-    """The folder for work in progress: new, or that of the same recipe interrupted earlier."""
-    partial = out.with_name(out.name + ".partial")
+def _open_partial(partial: Path, recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Make the folder for work in progress, or find that of the same recipe interrupted earlier."""
     run = {"recipe": to_json(recipe), "versions": _versions()}
     if partial.exists():
         file = partial / RUN_FILE
@@ -284,16 +308,15 @@ def _open_partial(out: Path, recipe: Recipe, checkpoint: Checkpoint) -> Path:
             raise ValueError(
                 f"{partial} holds an unfinished run of another recipe or version; remove it or choose another output"
             )
-        return partial
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free, needed = shutil.disk_usage(out.parent).free, checkpoint.nbytes
+        return
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    free, needed = shutil.disk_usage(partial.parent).free, checkpoint.nbytes
     if free < needed:
         raise ValueError(
-            f"{out.parent} has {free / 1e9:.1f} GB free; the checkpoint may take up to {needed / 1e9:.1f} GB"
+            f"{partial.parent} has {free / 1e9:.1f} GB free; the checkpoint may take up to {needed / 1e9:.1f} GB"
         )
     partial.mkdir()
     folders.write_json(partial / RUN_FILE, run)
-    return partial
 
 
 def _calibration(recipe: Recipe, checkpoint: Checkpoint, file: Path, device: torch.device) -> Calibration:
@@ -488,15 +511,21 @@ def _versions() -> dict[str, str]:
 
 
 def _report(
-    recipe: Recipe, job: Job, records: list[Record], partial: Path, made: dict[str, Any], seconds: float
+    recipe: Recipe,
+    job: Job,
+    records: list[Record],
+    others: int,
+    partial: Path,
+    made: dict[str, Any],
+    seconds: float,
 ) -> dict[str, Any]:
+    """``others`` is how many numbers lie outside the blocks."""
     layers = [layer for record in records for layer in record.layers]
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
     code_bytes = round(sum(layer["bits"] * layer["shape"][0] * layer["shape"][1] / 8 for layer in layers))
     online_bytes = folders.online_bytes(partial)
     total = sum(file.stat().st_size for file in partial.glob("microbat-*.safetensors"))
-    worst = sorted((p for r in records for p in r.activations), key=lambda p: -_output_error(layers, p["layer"]))
-    pictures = worst[:PICTURED_LAYERS]
+    pictures = _worst(records)
     pictures += [p for p in records[-1].activations[-1:] if p not in pictures]
     role = {"weight": job.scheme.weight, "activation": job.scheme.activation, "kv_cache": job.scheme.cache}
     return {
@@ -514,11 +543,7 @@ def _report(
             "transforms": online_bytes,
             "other": total - code_bytes - online_bytes,
             "total": total,
-            "bf16_total": 2
-            * (
-                weights
-                + sum(job.checkpoint.tensor(n).numel() for n in job.checkpoint.names if not job.checkpoint.in_block(n))
-            ),
+            "bf16_total": 2 * (weights + others),
         },
         "layers": layers,
         "blocks": [
@@ -530,8 +555,22 @@ def _report(
     }
 
 
-def _output_error(layers: list[dict[str, Any]], name: str) -> float:
-    return next(layer["output_error"] for layer in layers if layer["name"] == name)
+def _most_telling(records: Iterator[Record]) -> list[Record]:
+    """All records, with the pictures of the worst layers and of the last block alone: a model has many blocks."""
+    kept: list[Record] = []
+    for record in records:
+        worst = _worst(kept)
+        for earlier in kept:
+            earlier.activations = [picture for picture in earlier.activations if picture in worst]
+        kept.append(record)
+    return kept
+
+
+def _worst(records: list[Record]) -> list[dict[str, Any]]:
+    """The pictures of the layers whose outputs are furthest off."""
+    errors = {layer["name"]: layer["output_error"] for record in records for layer in record.layers}
+    pictures = (picture for record in records for picture in record.activations)
+    return sorted(pictures, key=lambda picture: -errors[picture["layer"]])[:PICTURED_LAYERS]
 
 
 def _peak_memory() -> int:

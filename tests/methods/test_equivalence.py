@@ -1,6 +1,8 @@
 """With quantizers off, every method leaves the model's function as it was: GQA, tied embeddings, Qwen3's own head size; of
 vision-language models, on images of several sizes, towers with biases, DeepStack, windows and widths to be padded."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -66,8 +68,8 @@ def test_float_function_is_kept(tiny, pairs, monkeypatch, name, family):
     blocks = {}
 
     class Keeper:
-        def load(self, index):
-            return None
+        def has(self, index):
+            return False
 
         def save(self, index, block, module, record):
             blocks[index] = block, {k: v for k, v in module.state_dict().items() if "norm" in k or "bias" in k}
@@ -85,6 +87,7 @@ def test_float_function_is_kept(tiny, pairs, monkeypatch, name, family):
         seed=0,
         precision="float32",
         device=torch.device("cpu"),
+        scratch=Path(),
     )
     list(calibrate(job, Keeper(), lambda *a: {}, lambda *a: None))
     float_model, model = pipeline.load(original.path), checkpoint.load()

@@ -3,7 +3,8 @@
 For each block: load its float weights; compute its float targets; let the preparer train; solve each linear layer in
 the order of the data flow, on statistics of the inputs as quantized so far; swap; measure; hand the result to the
 keeper; go on. Two streams of activations travel along, the float model's and the quantized model's; of the model itself
-only one block is in memory. A block that the keeper already has is not calibrated again, only run.
+one block is in memory. A block that the keeper already has is not calibrated again, only run. Where a method prepares
+blocks from the float model alone, others may prepare them ahead (:mod:`microbat.calibrate.workers`).
 
 A model with a vision tower has several stacks of blocks, walked in the order of execution: what the language model gets
 from the tower is quantized in one stream and float in the other.
@@ -12,17 +13,20 @@ from the tower is quantized in one stream and float in the other.
 # Shapes: S sequences, L tokens, K width, R some of the sequences.
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from microbat.calibrate.fake import faked, transformed
+from microbat.calibrate.memory import allocate
 from microbat.calibrate.stats import Hessian
-from microbat.calibrate.stream import Passage, Ragged, Sample, Stream, alike, flat, passage
+from microbat.calibrate.stream import Activations, Passage, Sample, passage
 from microbat.formats.block import QTensor
 from microbat.formats.composite import Composite, format_name
 from microbat.kv import KVQuantizer
@@ -42,7 +46,7 @@ MEASURED_SEQUENCES = 4  # per-layer errors and activation pictures come from the
 class Job:
     """What to calibrate and how, on ``tokens`` int64 [S, L] or, where there are any, on ``pairs`` of images and text.
 
-    ``batch`` sequences run at once where nothing is trained.
+    ``batch`` sequences run at once where nothing is trained. Activations that memory does not hold go below ``scratch``.
     """
 
     checkpoint: Checkpoint
@@ -53,6 +57,7 @@ class Job:
     seed: int
     precision: Precision
     device: torch.device
+    scratch: Path
     batch: int = 4
     pairs: tuple[Sample, ...] = ()
 
@@ -78,7 +83,9 @@ class Record:
 class Keeper(Protocol):
     """Where finished blocks go, and come back from when a run is resumed, with their float tensors by name."""
 
-    def load(self, index: int) -> tuple[QuantBlock, dict[str, Tensor], Record] | None: ...
+    def has(self, index: int) -> bool: ...
+
+    def load(self, index: int) -> tuple[QuantBlock, dict[str, Tensor], Record]: ...
 
     def save(self, index: int, block: QuantBlock, module: nn.Module, record: Record) -> None: ...
 
@@ -86,6 +93,41 @@ class Keeper(Protocol):
         """``outputs`` [1, L, K] is what the last quantized block made of ``sample``."""
 
 
+Call = tuple[tuple, dict[str, Any]]  # what the model passes to a block beside its input
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """What preparers left of a block: their plan, the block's tensors that they replaced, by name, and the state of its
+    random numbers, for what is drawn later."""
+
+    plan: Plan
+    tensors: dict[str, Tensor]
+    generator: Tensor
+    seconds: float
+
+
+@dataclass(kw_only=True)
+class FloatBlock:
+    """A block of the float model: its inputs, which may be the very targets of the block before (``follows``), and targets; what
+    the model calls it with besides (``calls``, one for each sample, or one for all); its weights where they are at hand, and
+    what preparers left where they were here before.
+
+    The streams are good until the next block is asked for.
+    """
+
+    index: int
+    name: str
+    stack: Stack
+    calls: Sequence[Call]
+    inputs: Activations
+    targets: Activations
+    follows: bool
+    module: nn.Module | None = None
+    prepared: Prepared | None = None
+
+
+Ahead = Callable[[Job, Iterator[FloatBlock]], Iterator[FloatBlock]]
 Observer = Callable[[str, Tensor, Tensor, Quant], dict[str, Any]]
 Progress = Callable[[int, float, float], None]
 
@@ -93,14 +135,14 @@ Progress = Callable[[int, float, float], None]
 class _Data:
     """One block's data, as methods see it (:class:`microbat.methods.base.BlockData`)."""
 
-    def __init__(self, job: Job, stack: Stack, index: int, block: nn.Module, runner: "_Runner", progress: Progress):
-        self.index, self.block, self.head_dim = index, block, job.checkpoint.lanes(stack)
-        self.rotates = stack.rotates
-        self.generator = torch.Generator().manual_seed(job.seed * 1_000_003 + index)
-        self.progress = lambda done, loss: progress(index, done, loss)
-        self._stack, self._runner = stack, runner
-        self.inputs: Stream = torch.empty(0)
-        self.float_inputs = self.targets = self.inputs
+    inputs: Activations  # not there while a block is prepared that need not wait for it
+
+    def __init__(self, job: Job, given: FloatBlock, block: nn.Module, progress: Progress):
+        self.index, self.block, self.head_dim = given.index, block, job.checkpoint.lanes(given.stack)
+        self.rotates, self.float_inputs, self.targets = given.stack.rotates, given.inputs, given.targets
+        self.generator = torch.Generator().manual_seed(job.seed * 1_000_003 + given.index)
+        self.progress = lambda done, loss: progress(given.index, done, loss)
+        self._stack, self._runner = given.stack, _Runner(job, given.stack, given.calls, given.inputs.lengths)
 
     def absmax(self, path: str) -> Tensor:
         linear = self.block.get_submodule(path)
@@ -113,7 +155,8 @@ class _Data:
             for path, see in seen.items():
                 keep = lambda inputs, output, see=see: see(_sequences(inputs[0]).to(torch.float32))  # noqa: E731
                 stack.enter_context(_watch(self.block.get_submodule(path), keep))
-            self._runner.run(self.block, self.float_inputs)
+            for _ in self._runner.outputs(self.block, self.float_inputs):
+                pass
 
     def faked(
         self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False
@@ -131,10 +174,9 @@ class _Data:
 
 
 class _Runner:
-    """Runs a block: what the model passes to it beside its input (``calls``, one for each sample, or one for all), the
-    precision, the batches."""
+    """Runs a block: what the model passes to it beside its input, the precision, the batches."""
 
-    def __init__(self, job: Job, stack: Stack, calls: Sequence[tuple[tuple, dict[str, Any]]], lengths: tuple[int, ...]):
+    def __init__(self, job: Job, stack: Stack, calls: Sequence[Call], lengths: tuple[int, ...]):
         self.job, self.stack, self.calls, self.lengths = job, stack, calls, lengths
 
     def step(self, block: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
@@ -149,17 +191,15 @@ class _Runner:
                 return torch.cat([self._call(block, own[None], self.calls[row])[0] for own, row in samples])
             return torch.cat([self._call(block, own, self.calls[row]) for own, row in samples])
 
-    def _call(self, block: nn.Module, x: Tensor, call: tuple[tuple, dict[str, Any]]) -> Tensor:
+    def _call(self, block: nn.Module, x: Tensor, call: Call) -> Tensor:
         output = block(x, *call[0], **call[1])
         return (output[0] if isinstance(output, tuple) else output).to(torch.float32)
 
     @torch.no_grad()
-    def run(self, block: nn.Module, x: Stream) -> Stream:
-        return alike(x, [self.step(block, x[rows], rows) for rows in self.batches(x)])
-
-    def batches(self, x: Stream) -> Iterable[Tensor]:
-        """Numbers of the samples that run at once."""
-        return torch.arange(len(x)).split(self.job.batch)
+    def outputs(self, block: nn.Module, x: Activations) -> Iterator[tuple[Tensor, Tensor]]:
+        """What ``block`` makes of ``x``, a few samples at a time, and which they are."""
+        for rows in x.batches(self.job.batch):
+            yield rows, self.step(block, x[rows], rows)
 
 
 def preflight(checkpoint: Checkpoint, scheme: Scheme, methods: Iterable[Method] = ()) -> None:
@@ -192,70 +232,149 @@ def preflight(checkpoint: Checkpoint, scheme: Scheme, methods: Iterable[Method] 
                     raise ValueError(f"layer {name!r}: {error}") from error
 
 
-def calibrate(job: Job, keeper: Keeper, observe: Observer, progress: Progress) -> Iterator[Record]:
-    """Quantize the model of ``job`` block by block; yields each block's record when its result is kept."""
-    checkpoint, family = job.checkpoint, job.checkpoint.family
-    model = checkpoint.skeleton()
+def calibrate(
+    job: Job, keeper: Keeper, observe: Observer, progress: Progress, ahead: Ahead | None = None
+) -> Iterator[Record]:
+    """Quantize the model of ``job`` block by block; yields each block's record when its result is kept. ``ahead`` has blocks
+    prepared before their turn."""
+    model = job.checkpoint.skeleton()
+    floats = _float_blocks(job, model)
+    if ahead is not None:
+        floats = ahead(job, floats)
     towers: _Towers = {}
-    quantized: Stream = torch.empty(0)
-    for stack in family.stacks:
-        own = [(index, name) for index, (of, name) in enumerate(checkpoint.blocks) if of is stack]
-        if stack in family.towers and not job.pairs:
+    for stack, own in _stacks(job):
+        if _unreached(job, stack):
             for index, name in own:
                 yield _carried(job, model, index, name, keeper)
             continue
-        through = _enter(job, model, stack, towers)
-        quantized, original = through.quantized, through.original
-        taps = {*(getattr(checkpoint.config_of(stack), stack.taps) if stack.taps else ()), len(own) - 1}
-        towers[stack.blocks] = {}
-        for position, (index, name) in enumerate(own):
-            started = time.perf_counter()
-            block = checkpoint.load_into(model.get_submodule(name), name).to(job.device)
-            runner = through.runner(job, position)
-            data = _Data(job, stack, index, block, runner, progress)
-            data.inputs, data.float_inputs, data.targets = quantized, original, runner.run(block, original)
-            _check_finite(flat(data.targets), f"the outputs of {name}")
-            kept = keeper.load(index)
-            if kept is None:
-                block_result, record = _quantize_block(job, data, name, observe)
-                install(block, block_result)
-                outputs = runner.run(block, quantized)
-                record.error = _drift(flat(outputs), flat(data.targets))
-                record.seconds = time.perf_counter() - started
-                keeper.save(index, block_result, block, record)
-            else:
-                block_result, floats, record = kept
-                install(block, block_result)
-                block.load_state_dict({k: t.to(job.device) for k, t in floats.items()}, strict=False, assign=True)
-                outputs = runner.run(block, quantized)
-            _check_finite(flat(outputs), f"the quantized outputs of {name}")
-            if position in taps:
-                towers[stack.blocks][position] = outputs, data.targets
-            quantized = through.on(position, outputs, through.added)
-            original = through.on(position, data.targets, through.float_added)
-            model.set_submodule(name, nn.Identity())  # its memory goes; the keeper has what it needs
+        through, (quantized,) = _enter(job, model, stack, towers, 1)
+        for position, (index, _) in enumerate(own):
+            record = _calibrate_block(job, next(floats), model, quantized, keeper, observe, progress)
+            through.leave(position, quantized)
             progress(index, 1.0, record.error)
             yield record
     keeper.finish(job.first, _sequences(quantized[torch.tensor([0])]))
 
 
-def _carried(job: Job, model: nn.Module, index: int, name: str, keeper: Keeper) -> Record:
-    """A block of a tower that no calibration sample reaches: kept as it is."""
-    kept = keeper.load(index)
-    if kept is not None:
-        return kept[2]
-    block = model.get_submodule(name)
-    block.load_state_dict(job.checkpoint.tensors(name), assign=True)
-    record = Record(name=name, index=index, error=0.0, seconds=0.0, loss=[], layers=[])
-    keeper.save(index, QuantBlock(sites=(), weights={}), block, record)
-    model.set_submodule(name, nn.Identity())
+def _stacks(job: Job) -> Iterator[tuple[Stack, list[tuple[int, str]]]]:
+    """Every stack with the numbers and names of its blocks, in the order of execution."""
+    for stack in job.checkpoint.family.stacks:
+        yield stack, [(i, name) for i, (of, name) in enumerate(job.checkpoint.blocks) if of is stack]
+
+
+def _unreached(job: Job, stack: Stack) -> bool:
+    """Whether no calibration sample runs through ``stack``."""
+    return stack in job.checkpoint.family.towers and not job.pairs
+
+
+def _load(job: Job, model: nn.Module, name: str) -> nn.Module:
+    """A block with its float weights; the skeleton ``model`` stays empty."""
+    return job.checkpoint.load_into(copy.deepcopy(model.get_submodule(name)), name).to(job.device)
+
+
+def _float_blocks(job: Job, model: nn.Module) -> Iterator[FloatBlock]:
+    """The float model's blocks in order. Two streams take turns: what a block makes is what the next one gets."""
+    towers: _Towers = {}
+    for stack, own in _stacks(job):
+        if _unreached(job, stack):
+            continue
+        through, (inputs, targets) = _enter(job, model, stack, towers, 2)
+        for position, (index, name) in enumerate(own):
+            calls = [passage.calls[position] for passage in through.passages]
+            follows = position > 0 and not through.adds(position - 1)
+            result = FloatBlock(
+                index=index, name=name, stack=stack, calls=calls, inputs=inputs, targets=targets, follows=follows
+            )
+            result.module = _load(job, model, name)
+            for rows, output in _Runner(job, stack, calls, inputs.lengths).outputs(result.module, inputs):
+                _check_finite(output, f"the outputs of {name}")
+                targets.write(rows, output)
+            yield result
+            result.module = None  # its memory goes before the next one's comes
+            through.leave(position, targets)
+            inputs, targets = targets, inputs
+
+
+def _calibrate_block(
+    job: Job,
+    given: FloatBlock,
+    model: nn.Module,
+    quantized: Activations,
+    keeper: Keeper,
+    observe: Observer,
+    progress: Progress,
+) -> Record:
+    """Quantize one block, or take it from the keeper, and replace the stream ``quantized`` by what it makes of it."""
+    started = time.perf_counter()
+    block = given.module if given.module is not None else _load(job, model, given.name)
+    kept = keeper.load(given.index) if keeper.has(given.index) else None
+    if kept is None:
+        result, record = _quantize_block(job, _Data(job, given, block, progress), quantized, given, observe)
+        install(block, result)
+    else:
+        result, floats, record = kept
+        install(block, result)
+        block.load_state_dict({k: t.to(job.device) for k, t in floats.items()}, strict=False, assign=True)
+    distances = []
+    for rows, output in _Runner(job, given.stack, given.calls, quantized.lengths).outputs(block, quantized):
+        _check_finite(output, f"the quantized outputs of {given.name}")
+        distances.append(_distance(output, given.targets[rows]).flatten())
+        quantized.write(rows, output)
+    if kept is None:
+        record.error = torch.cat(distances).mean().item()
+        record.seconds += time.perf_counter() - started
+        keeper.save(given.index, result, block, record)
     return record
 
 
-def _quantize_block(job: Job, data: _Data, name: str, observe: Observer) -> tuple[QuantBlock, Record]:
+def prepare_block(job: Job, given: FloatBlock) -> Prepared:
+    """Prepare a block by itself, from the float model alone."""
+    started = time.perf_counter()
+    block = _load(job, job.checkpoint.skeleton(), given.name)
+    before = block.state_dict()
+    data = _Data(job, given, block, lambda index, done, loss: None)
+    plan = _prepare(job, data, given.name)
+    return Prepared(
+        plan=plan,
+        tensors={key: t for key, t in block.state_dict().items() if before[key].data_ptr() != t.data_ptr()},
+        generator=data.generator.get_state(),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _prepare(job: Job, data: _Data, name: str) -> Plan:
     plan = _initial_plan(job, data._stack, name)
     for preparer in job.preparers:
         plan = preparer.prepare(data, plan, job.solver)
+    return plan
+
+
+def _carried(job: Job, model: nn.Module, index: int, name: str, keeper: Keeper) -> Record:
+    """A block of a tower that no calibration sample reaches: kept as it is."""
+    if keeper.has(index):
+        return keeper.load(index)[2]
+    block = copy.deepcopy(model.get_submodule(name))
+    block.load_state_dict(job.checkpoint.tensors(name), assign=True)
+    record = Record(name=name, index=index, error=0.0, seconds=0.0, loss=[], layers=[])
+    keeper.save(index, QuantBlock(sites=(), weights={}), block, record)
+    return record
+
+
+def _quantize_block(
+    job: Job, data: _Data, quantized: Activations, given: FloatBlock, observe: Observer
+) -> tuple[QuantBlock, Record]:
+    name = given.name
+    if given.prepared is not None:
+        plan = given.prepared.plan
+        data.block.load_state_dict(given.prepared.tensors, strict=False, assign=True)
+        data.generator.set_state(given.prepared.generator)
+        data.inputs = quantized
+    elif any(preparer.in_order for preparer in job.preparers):
+        data.inputs = quantized
+        plan = _prepare(job, data, name)
+    else:  # what could be prepared elsewhere sees here what it would see there
+        plan = _prepare(job, data, name)
+        data.inputs = quantized
     weights = {path: data.block.get_submodule(path).weight for site in plan.sites for path in site.weights}
     attention = data.block.get_submodule(plan.attention)
     frozen, attention.kv = _frozen(plan)
@@ -268,7 +387,8 @@ def _quantize_block(job: Job, data: _Data, name: str, observe: Observer) -> tupl
         QuantSite(name=p.site.name, consumers=tuple(p.weights), transform=p.transform, quantizer=p.activation)
         for p in frozen
     )
-    record = Record(name=name, index=data.index, error=0.0, seconds=0.0, loss=plan.loss, layers=layers)
+    seconds = given.prepared.seconds if given.prepared else 0.0
+    record = Record(name=name, index=data.index, error=0.0, seconds=seconds, loss=plan.loss, layers=layers)
     record.activations = activations
     return QuantBlock(sites=sites, weights=codes, kv=attention.kv, attention=plan.attention), record
 
@@ -334,13 +454,13 @@ def _solve(
         for plan in plans:
             statistics = None
             if "hessian" in job.solver.needs:
-                statistics = Statistics(hessian=_hessian(data, inputs[plan.site.name], next(iter(plan.weights))))
-            own = {path: targets[path] for path in plan.weights}
+                statistics = Statistics(hessian=_hessian(job, data, inputs[plan.site.name], next(iter(plan.weights))))
+            own = {path: targets.pop(path) for path in plan.weights}
             for path, solution in job.solver.solve_site(own, plan.weights, statistics).items():
                 rounded, notes[path] = solution.weight.dequantize(), dict(solution.notes)
                 codes[path] = facing(plan.activation, solution.weight)
                 block.get_submodule(path).weight = facing(plan.activation, rounded)
-                notes[path]["weight_error"] = _ratio(rounded - targets[path], targets[path])
+                notes[path]["weight_error"] = _ratio(rounded - own[path], own[path])
     finally:
         for path, module in originals.items():
             block.set_submodule(path, module)
@@ -351,17 +471,17 @@ class _Seen(Exception):
     """Raised where a block need not run any further."""
 
 
-def _hessian(data: _Data, site: SiteInput, path: str) -> Tensor:
+def _hessian(job: Job, data: _Data, site: SiteInput, path: str) -> Tensor:
     """X^T X / T of a site's quantized activation over the quantized stream; the block runs as far as the site."""
     residual = site.quantizer.channels if isinstance(site.quantizer, Residual) else 0
-    hessian = Hessian(data.block.get_submodule(path).weight.shape[1] - residual, data._runner.job.device)
+    hessian = Hessian(data.block.get_submodule(path).weight.shape[1] - residual, job.device)
 
     def see(inputs: tuple, output: Tensor) -> None:
         hessian.add(effective(site.quantizer, output))
         raise _Seen
 
     with _watch(site, see):
-        for rows in data._runner.batches(data.inputs):
+        for rows in data.inputs.batches(job.batch):
             with contextlib.suppress(_Seen):
                 data._runner.step(data.block, data.inputs[rows], rows)
     return hessian.mean
@@ -429,82 +549,85 @@ def _measure(
     return layers, pictures
 
 
-_Towers = dict[str, dict[int, tuple[Stream, Stream]]]  # path -> block -> its outputs, quantized and float
+_Towers = dict[str, dict[int, Activations]]  # path -> block -> what it gave to others than the next block
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Through:
-    """The way through a stack: what its first block gets, quantized and float; what the model passes to its blocks; what it
-    adds between them, block by block, None for nothing."""
+    """The way of a stream through a stack: what the model does around its blocks, for each sample or once for all, and what
+    others read: ``taps``, what the blocks in it gave."""
 
-    stack: Stack
-    quantized: Stream
-    original: Stream
+    job: Job
     passages: list[Passage]
-    added: list[Stream | None]
-    float_added: list[Stream | None]
+    taps: dict[int, Activations]
+    tapped: frozenset[int]
 
-    def runner(self, job: Job, position: int) -> _Runner:
-        lengths = self.quantized.lengths if isinstance(self.quantized, Ragged) else ()
-        return _Runner(job, self.stack, [passage.calls[position] for passage in self.passages], lengths)
+    def adds(self, position: int) -> bool:
+        """Whether the model adds something to what a block gave."""
+        return bool(self.job.pairs) and any(way.added[position] is not None for way in self.passages)
 
-    def on(self, position: int, outputs: Stream, added: list[Stream | None]) -> Stream:
-        """What the next block gets."""
-        extra = added[position]
-        return outputs if extra is None else alike(outputs, [flat(outputs) + flat(extra)])
+    def leave(self, position: int, x: Activations) -> None:
+        """Turn what a block gave into what the next one gets; keep it as it was for others."""
+        if position in self.tapped:
+            self.taps[position] = _like(self.job, x)
+            self.taps[position].values.copy_(x.values)
+        for row, way in enumerate(self.passages if self.adds(position) else ()):
+            extra, own = way.added[position], torch.tensor([row])
+            if extra is not None:
+                x.write(own, x[own] + extra.flatten(0, -2))
 
 
-def _enter(job: Job, model: nn.Module, stack: Stack, towers: _Towers) -> _Through:
-    """Run ``model`` up to ``stack`` and around its blocks, on what the ``towers`` before it gave."""
+def _enter(
+    job: Job, model: nn.Module, stack: Stack, towers: _Towers, streams: int
+) -> tuple[_Through, list[Activations]]:
+    """Run ``model`` up to ``stack`` and around its blocks, on what the ``towers`` before it gave; what the first block gets, and
+    room for as much, ``streams`` in all."""
     checkpoint, family = job.checkpoint, job.checkpoint.family
     checkpoint.load_entry(model)
     around = [model.get_submodule(path) for path in (family.embedding, *family.others)]
     for module in (*around, *(model.get_submodule(own.rotary) for own in family.stacks)):
         module.to(job.device)
     if job.pairs:
-        ways = [_passages(job, model, stack, towers, version) for version in ((0, 1) if towers else (0,))]
-        streams = [_stream([way.inputs for way in passages]) for passages in ways]
-        added = [[_added(passages, i) for i in range(len(passages[0].added))] for passages in ways]
+        passages = _passages(job, model, stack, towers)
+        samples = [way.inputs.flatten(0, -2).to(torch.float32) for way in passages]
+        lengths = tuple(len(own) for own in samples)
+        first = Activations(
+            allocate((sum(lengths), samples[0].shape[-1]), job.device, job.scratch), lengths, job.device
+        )
+        for row, own in enumerate(samples):
+            first.write(torch.tensor([row]), own)
     else:
-        ways = [[passage(model, stack, {"input_ids": job.tokens[:1].to(job.device)}, {})]]
+        passages = [passage(model, stack, {"input_ids": job.tokens[:1].to(job.device)}, {})]
         embedding = model.get_submodule(family.embedding)
+        shape = (*job.tokens.shape, passages[0].inputs.shape[-1])
+        first = Activations(allocate(shape, job.device, job.scratch), (), job.device)
         with torch.no_grad():
-            streams = [torch.cat([embedding(rows.to(job.device)) for rows in job.tokens.split(job.batch)])]
-        added = [[None] * len(ways[0][0].added)]
+            for rows in first.batches(job.batch):
+                first.write(rows, embedding(job.tokens[rows].to(job.device)))
     for module in around:
         module.to("meta")
-    return _Through(
-        stack=stack,
-        quantized=streams[0],
-        original=streams[-1],
-        passages=ways[0],
-        added=added[0],
-        float_added=added[-1],
-    )
+    listed = getattr(checkpoint.config_of(stack), stack.taps) if stack.taps else ()
+    last = checkpoint.config_of(stack).num_hidden_layers - 1
+    tapped = frozenset({*listed, last} if stack in family.towers else ())
+    towers[stack.blocks] = {}
+    through = _Through(job=job, passages=passages, taps=towers[stack.blocks], tapped=tapped)
+    return through, [first, *(_like(job, first) for _ in range(streams - 1))]
 
 
-def _passages(job: Job, model: nn.Module, stack: Stack, towers: _Towers, version: Literal[0, 1]) -> list[Passage]:
-    """The way of every pair, on what the towers' quantized (0) or float (1) blocks gave."""
+def _like(job: Job, x: Activations) -> Activations:
+    """Room for a stream of the shape of ``x``."""
+    return Activations(allocate(tuple(x.values.shape), job.device, job.scratch), x.lengths, job.device)
+
+
+def _passages(job: Job, model: nn.Module, stack: Stack, towers: _Towers) -> list[Passage]:
+    """The way of every pair, on what the towers' blocks gave."""
     passages = []
     for row, sample in enumerate(job.pairs):
         own = torch.tensor([row])
-        before = {path: {i: both[version][own] for i, both in given.items()} for path, given in towers.items()}
+        before = {path: {i: x[own] for i, x in given.items()} for path, given in towers.items()}
         there = {name: tensor.to(job.device) for name, tensor in sample.items()}
         passages.append(passage(model, stack, there, before))
     return passages
-
-
-def _stream(samples: list[Tensor]) -> Ragged:
-    tokens = [sample.flatten(0, -2).to(torch.float32) for sample in samples]
-    return Ragged(torch.cat(tokens), tuple(len(own) for own in tokens))
-
-
-def _added(passages: list[Passage], position: int) -> Ragged | None:
-    own = [way.added[position] for way in passages]
-    if all(extra is None for extra in own):
-        return None
-    zeros = (torch.zeros_like(way.inputs) for way in passages)
-    return _stream([zero if extra is None else extra for zero, extra in zip(zeros, own, strict=True)])
 
 
 @contextlib.contextmanager
@@ -526,10 +649,10 @@ def _sequences(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x[None]
 
 
-def _drift(output: Tensor, target: Tensor) -> float:
-    """Mean over tokens of the squared distance between the two streams over the float one's energy."""
+def _distance(output: Tensor, target: Tensor) -> Tensor:
+    """Each token's squared distance between the two streams over the float one's energy."""
     error = (output - target).square().sum(-1)
-    return (error / target.square().sum(-1).clamp(min=1e-12)).mean().item()
+    return error / target.square().sum(-1).clamp(min=1e-12)
 
 
 def _ratio(error: Tensor, reference: Tensor) -> float:

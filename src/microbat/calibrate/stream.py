@@ -1,7 +1,9 @@
 """Streams: the activations of all calibration samples at one place of the model, and what the model does around its blocks.
 
 Text is cut to one length, so a stream of it is a tensor [S, L, K], and the model passes the same to its blocks for every
-sequence. Images with their questions have lengths of their own (:class:`Ragged`), and positions and masks of their own.
+sequence. Images with their questions have lengths, positions and masks of their own. Where a stream lies is
+:mod:`microbat.calibrate.memory`'s to say.
+
 Rather than knowing what each family does before and between its blocks (packing patches, windows, scattering the features
 of a tower among the tokens, adding DeepStack's to the first blocks' outputs), the engine lets the model's own ``forward`` run
 once per sample, with something that takes notes in every block's place (:func:`passage`).
@@ -10,9 +12,9 @@ once per sample, with something that takes notes in every block's place (:func:`
 # Shapes: S samples, R of them, L tokens of each, T of some together, K width.
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,35 +25,31 @@ from microbat.models.base import Stack
 Sample = dict[str, Tensor]  # what the model is called with for one sequence, by name
 
 
-@dataclass(frozen=True)
-class Ragged:
-    """Samples of several lengths: ``tokens`` [T, K], one sample after the other. ``x[rows]`` are the tokens of some of them."""
+class Activations:
+    """Float32 activations of all samples: ``values`` [S, L, K], or tokens [T, K], one sample after the other, where samples
+    have ``lengths`` of their own. ``x[rows]`` are those of some on ``device``, wherever the others lie: [R, L, K] or [T, K]."""
 
-    tokens: Tensor
-    lengths: tuple[int, ...]
+    def __init__(self, values: Tensor, lengths: tuple[int, ...], device: torch.device):
+        self.values, self.lengths, self.device = values, lengths, device
+        self._starts = (0, *accumulate(lengths)) if lengths else range(values.shape[0] + 1)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._starts) - 1
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        return torch.cat([self._samples[row] for row in rows.tolist()])
+        if not self.lengths:
+            return self.values[rows].to(self.device)
+        return torch.cat([self.values[self._starts[row] : self._starts[row + 1]] for row in rows.tolist()]).to(
+            self.device
+        )
 
-    @cached_property
-    def _samples(self) -> tuple[Tensor, ...]:
-        return self.tokens.split(self.lengths)
+    def write(self, rows: Tensor, x: Tensor) -> None:
+        """Replace samples ``rows``, which follow each other."""
+        self.values[self._starts[rows[0]] : self._starts[rows[-1] + 1]] = x
 
-
-Stream = Tensor | Ragged
-
-
-def flat(x: Stream) -> Tensor:
-    """All tokens of a stream [T, K]."""
-    return x.tokens if isinstance(x, Ragged) else x.flatten(0, -2)
-
-
-def alike(x: Stream, parts: Sequence[Tensor]) -> Stream:
-    """The stream that ``parts`` make, sample after sample, as long as those of ``x``."""
-    return Ragged(torch.cat(list(parts)), x.lengths) if isinstance(x, Ragged) else torch.cat(list(parts))
+    def batches(self, size: int) -> Iterable[Tensor]:
+        """Numbers of samples, ``size`` at a time."""
+        return torch.arange(len(self)).split(size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,7 +104,8 @@ class Stream(Protocol):
 
 
 class BlockData(Protocol):
-    """One block's calibration data, as a method sees it. ``rotates``: a rotation of the whole model reaches its stream."""
+    """One block's calibration data, as a method sees it. ``rotates``: a rotation of the whole model reaches its stream.
+    ``inputs`` are what the quantized blocks before it made; there are none while preparers that are not ``in_order`` prepare."""
 
     index: int
     block: nn.Module
@@ -158,6 +159,14 @@ class Student:
     quantizers: list[Quant | Residual]
 
 
+@dataclass(frozen=True, kw_only=True)
+class WholeModel:
+    """Why a method needs the whole model in memory, said of the method, and how many ``copies`` of it in float32."""
+
+    why: str
+    copies: int = 1
+
+
 class Method(ABC):
     """Something with a name that users type and typed hyper-parameters."""
 
@@ -187,6 +196,17 @@ class Preparer(Method):
     default_solver: ClassVar[str] = "gptq"
     solvers: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def in_order(self) -> str:
+        """Why blocks are prepared one after the other, said of the method; empty where ``prepare`` sees the float model alone and
+        takes long enough to be shared."""
+        return "trains nothing block by block"
+
+    @property
+    def whole_model(self) -> "WholeModel | None":
+        """What it does with the whole model at once; None where blocks suffice, whatever the size of the model."""
+        return None
 
     def rotation(self, model: ModelData) -> Rotation | None:
         """How to rotate the whole model before its blocks are prepared; None for not at all."""

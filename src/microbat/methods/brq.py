@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from microbat.methods.base import BlockData, ModelData, Plan, Preparer, Solver
+from microbat.methods.base import BlockData, ModelData, Plan, Preparer, Solver, WholeModel
 from microbat.methods.learn import learn_rotation
 from microbat.models.rotation import Rotation
 from microbat.transforms.hadamard import BlockHadamard, hadamard
@@ -39,6 +39,10 @@ class BRQ(Preparer):
     @property
     def seeded(self) -> bool:
         return True
+
+    @property
+    def whole_model(self) -> WholeModel | None:
+        return WholeModel(why="learns its rotations end to end (steps=0 does not)") if self.steps else None
 
     def rotation(self, model: ModelData) -> Rotation:
         checkpoint = model.checkpoint

@@ -22,7 +22,7 @@ from torch import nn
 
 from microbat.kv import KVQuantizer
 from microbat.methods.base import BlockData, Plan, Preparer, SitePlan, Solver
-from microbat.methods.learn import Inputs, Objective, Schedule, channel_maxima, smoothing, train_plan
+from microbat.methods.learn import IN_ORDER, Inputs, Objective, Schedule, channel_maxima, smoothing, train_plan
 from microbat.quantizers.clip import Clip
 from microbat.transforms.kronecker import FullBlocks, Kronecker, balanced_split
 
@@ -52,6 +52,10 @@ class FlatQuant(Preparer):
     @property
     def seeded(self) -> bool:
         return True
+
+    @property
+    def in_order(self) -> str:
+        return IN_ORDER.get(self.inputs, "")
 
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
         for site in plan.sites:

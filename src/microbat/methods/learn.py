@@ -25,6 +25,10 @@ from microbat.transforms.base import Transform
 
 Objective = Literal["mse", "relative", "stream"]
 Inputs = Literal["quantized", "float", "mixed"]  # mixed: each number from one of the two, drawn anew at every step
+IN_ORDER: dict[Inputs, str] = {  # why blocks cannot train side by side
+    inputs: f"trains each block on what the quantized blocks before it make (inputs={inputs}; inputs=float does not)"
+    for inputs in ("quantized", "mixed")
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,7 @@ def block_loss(output: Tensor, target: Tensor, source: Tensor, given: Tensor, ob
 def train_plan(data: BlockData, plan: Plan, solver: Solver, *, lr: float, clip_lr: float, schedule: Schedule) -> None:
     """Train the transforms (at ``lr``) and clips (at ``clip_lr``) of ``plan``, and the weights if ``solver`` asks for it.
 
-    Leaves the trained weights in ``plan.latents`` and the loss of each step in ``plan.loss``.
+    Leaves weights that trained in ``plan.latents`` and the loss of each step in ``plan.loss``.
     """
     weights = {path: data.block.get_submodule(path).weight for site in plan.sites for path in site.weights}
     maps, clips = online(plan)
@@ -68,7 +72,8 @@ def train_plan(data: BlockData, plan: Plan, solver: Solver, *, lr: float, clip_l
         weights = {path: nn.Parameter(weight.clone()) for path, weight in weights.items()}
         groups += [([w], solver.weight_lr * w.detach().square().mean().sqrt().item()) for w in weights.values()]
     plan.loss = train(data, data.faked(plan, weights), groups, schedule)
-    plan.latents = {path: w.detach() for path, w in weights.items()}
+    if solver.weight_lr is not None:
+        plan.latents = {path: w.detach() for path, w in weights.items()}
     fold(data.block, plan)
 
 
@@ -153,7 +158,7 @@ def train(
         output = function(inputs, rows)
         return block_loss(output, data.targets[rows], data.float_inputs[rows], inputs, schedule.objective)
 
-    draws = (torch.randperm(len(data.inputs), generator=data.generator) for _ in range(schedule.epochs))
+    draws = (torch.randperm(len(data.targets), generator=data.generator) for _ in range(schedule.epochs))
     batches = [rows for draw in draws for rows in draw.split(schedule.batch)]
     return descend(groups, batches, loss, schedule.min_lr_ratio, data.progress, f"block {data.index}")
 

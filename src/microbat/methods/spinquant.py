@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import torch
 
-from microbat.methods.base import BlockData, ModelData, Plan, Preparer, Solver
+from microbat.methods.base import BlockData, ModelData, Plan, Preparer, Solver, WholeModel
 from microbat.methods.learn import learn_rotation
 from microbat.models.rotation import Rotation
 from microbat.transforms.hadamard import Hadamard, random_hadamard
@@ -45,6 +45,10 @@ class SpinQuant(Preparer):
     @property
     def seeded(self) -> bool:
         return True
+
+    @property
+    def whole_model(self) -> WholeModel:
+        return WholeModel(why="learns its rotations end to end (quarot, and brq with steps=0, do not)")
 
     def rotation(self, model: ModelData) -> Rotation:
         generator = torch.Generator().manual_seed(model.seed)

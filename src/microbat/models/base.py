@@ -5,6 +5,7 @@ with the :class:`Site` s of its activations.
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -163,8 +164,16 @@ class Checkpoint:
         else:
             raise ValueError(f"{self.path} has neither {SINGLE_FILE} nor {self._index}; safetensors are needed")
         for file in sorted(set(files.values())):
-            with _open(file):  # a missing or truncated shard shows here, before any work
-                pass
+            if not file.is_file():
+                raise ValueError(f"{index} names {file.name}, which is not there: the download is not complete")
+            with _open(file) as tensors:  # a truncated shard shows here, before any work
+                there = set(tensors.keys())
+            missing = [name for name, holder in files.items() if holder == file and name not in there]
+            if missing:
+                more = f" and {len(missing) - 1} more" * (len(missing) > 1)
+                raise ValueError(
+                    f"checkpoint file {file} lacks tensor {missing[0]}{more}, which {index.name} says it has"
+                )
         return files
 
     @cached_property
@@ -217,6 +226,15 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all shards."""
         return sum(file.stat().st_size for file in set(self._files.values()))
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all stored tensors; only their shapes are read."""
+        total = 0
+        for file in set(self._files.values()):
+            with _open(file) as tensors:
+                total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        return total
 
     @cached_property
     def family(self) -> Family:

@@ -18,7 +18,7 @@ head are rotated alike but only the head takes the final norm's gain.
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 
 from microbat.models.base import Checkpoint
+
+ROWS = 4096  # of an embedding or a head, rotated at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +66,13 @@ class RotatedCheckpoint(Checkpoint):
         family, stream = self.family, self.rotation.stream.to(torch.float64)
         module, _, kind = name.rpartition(".")
         if module == family.embedding:
-            return (self._read(name) @ stream).to(self.original.tensor(name).dtype)
+            return _by_rows(lambda rows: rows @ stream, self.original.tensor(name))
         if module == family.norm:
             return torch.ones_like(self.original.tensor(name))
         if module == family.head:
             stored = self.original.tensor(name if name in self.original.names else f"{family.embedding}.weight")
             gain = self._read(f"{family.norm}.weight")
-            return ((stored.to(torch.float64) * gain) @ stream).to(stored.dtype)
+            return _by_rows(lambda rows: (rows * gain) @ stream, stored)
         if any(re.fullmatch(pattern, module) for pattern in family.feeds):
             return (stream.T @ self._read(name)).to(self.original.tensor(name).dtype)
         if not name.startswith(f"{family.blocks}."):
@@ -106,3 +108,8 @@ class RotatedCheckpoint(Checkpoint):
 
     def _read(self, name: str) -> Tensor:
         return self.original.tensor(name).to(torch.float64)
+
+
+def _by_rows(function: Callable[[Tensor], Tensor], x_NK: Tensor) -> Tensor:
+    """``function`` of rows in float64, a few thousand at a time, as a tensor like ``x_NK``: a vocabulary is long."""
+    return torch.cat([function(rows.to(torch.float64)).to(x_NK.dtype) for rows in x_NK.split(ROWS)])
