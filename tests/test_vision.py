@@ -85,15 +85,15 @@ class Watching(Preparer):
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
-def test_blocks_are_given_what_the_model_gives_them(tiny, pairs, family):
+def test_blocks_are_given_what_the_model_gives_them(tiny, pairs, family, tmp_path):
     """DeepStack, windows, scattered features, positions: the oracle is the float model, its blocks watched."""
     checkpoint = Checkpoint(tiny(family))
     model = padded(checkpoint, checkpoint.family.stacks, 32)
     watching = Watching()
 
     class Keeper:
-        def load(self, index):
-            return None
+        def has(self, index):
+            return False
 
         def save(self, *args):
             pass
@@ -111,6 +111,7 @@ def test_blocks_are_given_what_the_model_gives_them(tiny, pairs, family):
         seed=0,
         precision="float32",
         device=torch.device("cpu"),
+        scratch=tmp_path,
     )
     keeper = Keeper()
     list(calibrate(job, keeper, lambda *a: {}, lambda *a: None))
