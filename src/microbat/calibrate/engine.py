@@ -15,7 +15,7 @@ from the tower is quantized in one stream and float in the other.
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -127,7 +127,8 @@ class FloatBlock:
     prepared: Prepared | None = None
 
 
-Ahead = Callable[[Job, Iterator[FloatBlock]], Iterator[FloatBlock]]
+Blocks = Generator[FloatBlock, None, None]
+Ahead = Callable[[Job, Blocks], Blocks]
 Observer = Callable[[str, Tensor, Tensor, Quant], dict[str, Any]]
 Progress = Callable[[int, float, float], None]
 
@@ -238,9 +239,15 @@ def calibrate(
     """Quantize the model of ``job`` block by block; yields each block's record when its result is kept. ``ahead`` has blocks
     prepared before their turn."""
     model = job.checkpoint.skeleton()
-    floats = _float_blocks(job, model)
-    if ahead is not None:
-        floats = ahead(job, floats)
+    blocks = _float_blocks(job, model)
+    with contextlib.closing(blocks if ahead is None else ahead(job, blocks)) as floats:
+        yield from _walk(job, model, floats, keeper, observe, progress)
+
+
+def _walk(
+    job: Job, model: nn.Module, floats: Blocks, keeper: Keeper, observe: Observer, progress: Progress
+) -> Iterator[Record]:
+    """Calibrate the float model's blocks as they come."""
     towers: _Towers = {}
     for stack, own in _stacks(job):
         if _unreached(job, stack):
@@ -272,7 +279,7 @@ def _load(job: Job, model: nn.Module, name: str) -> nn.Module:
     return job.checkpoint.load_into(copy.deepcopy(model.get_submodule(name)), name).to(job.device)
 
 
-def _float_blocks(job: Job, model: nn.Module) -> Iterator[FloatBlock]:
+def _float_blocks(job: Job, model: nn.Module) -> Blocks:
     """The float model's blocks in order. Two streams take turns: what a block makes is what the next one gets."""
     towers: _Towers = {}
     for stack, own in _stacks(job):
