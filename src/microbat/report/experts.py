@@ -33,8 +33,8 @@ def _how(blocks: list[dict]) -> str:
     floors = {block.get("expert_floor") for block in blocks}
     floor = max((floor for floor in floors if is_number(floor)), default=0)
     how = (
-        "Calibration tokens that the router sent to each expert. Experts of a block share the transform and the clip of their "
-        "inputs, which all of the block's tokens trained; "
+        "Calibration tokens that the router sent to each expert. What happens to their inputs (transform, clip, format) is the "
+        "same for all experts of a block; "
     )
     if floors == {None}:
         return f"{how}the solver rounds their weights without statistics of their inputs."
