@@ -62,7 +62,7 @@ def cluster():
                 head.communicate("\n")
                 break
     else:
-        pytest.fail("Ray does not start on this machine")
+        pytest.skip("Ray does not start on this machine")
     torch.set_num_threads(threads)
 
 
