@@ -36,20 +36,27 @@ def save_tokenizer(folder: Path, *, images: bool = False) -> None:
 
 
 def save_model(folder: Path, family: str, **overrides: object) -> Path:
-    """A tiny random model: 2 layers, GQA, for Qwen3 a head size that is not hidden divided by heads, tied embeddings."""
+    """A tiny random model: 2 layers, GQA, for Qwen3 a head size that is not hidden divided by heads, tied embeddings; 5 experts
+    for Qwen3-MoE, 3 for Mixtral, 2 of them a token."""
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
         Qwen2Config,
         Qwen2ForCausalLM,
         Qwen3Config,
         Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
     )
 
     kinds = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+        "mixtral": (MixtralConfig, MixtralForCausalLM),
     }
     settings = {
         "vocab_size": 257,
@@ -63,8 +70,12 @@ def save_model(folder: Path, family: str, **overrides: object) -> Path:
         "eos_token_id": 0,
         "bos_token_id": None,
     }
-    if family == "qwen3":
+    if family in ("qwen3", "qwen3_moe"):
         settings["head_dim"] = 32
+    if family == "qwen3_moe":
+        settings |= {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    if family == "mixtral":
+        settings |= {"num_local_experts": 3, "num_experts_per_tok": 2}
     settings.update(overrides)
     config_class, model_class = kinds[family]
     with torch.random.fork_rng():

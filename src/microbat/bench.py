@@ -17,6 +17,7 @@ from torch import nn
 
 from microbat.runtime.cache import new_cache
 from microbat.runtime.composite import CompositeLinear
+from microbat.runtime.experts import PackedExperts
 from microbat.runtime.load import load, load_plain
 from microbat.runtime.packed import PackedLinear
 
@@ -79,7 +80,9 @@ def _bench(folder: str | Path, device: torch.device, tokens: int, prompt: int, r
     sides = {"packed": lambda: _decode(packed, tokens, prompt), "bf16": lambda: _decode(bf16, tokens, prompt)}
     times = best_times(sides, rounds=rounds, device=device.type)
     layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
-    quantized = {name: m for name, m in packed.named_modules() if isinstance(m, PackedLinear | CompositeLinear)}
+    quantized = {
+        name: m for name, m in packed.named_modules() if isinstance(m, PackedLinear | CompositeLinear | PackedExperts)
+    }
     sites = {id(layer.site): layer.site for layer in quantized.values()}.values()
     backends = ", ".join(sorted({layer.backend for layer in layers}))
     versions = ", ".join(

@@ -72,6 +72,12 @@ def quantize(
         ),
     ] = "self",
     num_calibration_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
+    min_expert_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Experts that saw fewer get statistics of the block's other tokens too; default: 4 x their width."
+        ),
+    ] = None,
     max_seq_length: Annotated[int, typer.Option(help="Tokens in each; with images, at most.")] = 512,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out pairs whose image cannot be read.")] = False,
     set_: Annotated[
@@ -121,6 +127,7 @@ def quantize(
                 calibration=calibration,
                 num_calibration_samples=num_calibration_samples,
                 max_seq_length=max_seq_length,
+                min_expert_tokens=min_expert_tokens,
                 skip_bad=skip_bad,
                 settings=parse_settings(set_ or []),
                 seed=seed,

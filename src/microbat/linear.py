@@ -4,7 +4,7 @@
 them. ``QuantLinear`` multiplies it by a weight on its format's grid.
 """
 
-# Shapes: T tokens, K in, N out.
+# Shapes: E experts, T tokens, K in, N out.
 
 import weakref
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from microbat import kernels, native
+from microbat.experts import Routed, linear
 from microbat.formats.block import QTensor
 from microbat.formats.composite import Composite
 from microbat.kv import KVQuantizer
@@ -164,7 +165,8 @@ class _OnePass:
 
 
 class QuantLinear(nn.Module):
-    """``y = site(x) @ weight.T + bias`` with ``weight`` [N, K] on the grid of its format, K as wide as what the site gives."""
+    """``y = site(x) @ weight.T + bias`` with ``weight`` [N, K] on the grid of its format, K as wide as what the site gives; of
+    experts [E, N, K], each for the rows ``routed`` to it."""
 
     def __init__(self, site: SiteInput, weight: Tensor, bias: Tensor | None):
         super().__init__()
@@ -172,8 +174,8 @@ class QuantLinear(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(self.site(x).to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+    def forward(self, x: Tensor, routed: Routed | None = None) -> Tensor:
+        return linear(self.site(x).to(self.weight.dtype), self.weight, self.bias, routed).to(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,11 +216,11 @@ class QuantBlock:
         own = [*(site.quantizer for site in self.sites), *((self.kv.key, self.kv.value) if self.kv else ())]
         return [quantizer for quantizer in own if quantizer is not None]
 
-    def shape(self, path: str) -> tuple[int, int]:
-        """[N, K] of the linear layer at ``path``: of its codes without the copies that meet residual channels."""
-        rows, columns = self.weights[path].shape
+    def shape(self, path: str) -> tuple[int, ...]:
+        """[N, K] or [E, N, K] of the linear layer at ``path``: of its codes without the copies that meet residual channels."""
+        *rows, columns = self.weights[path].shape
         quantizers = (site.quantizer for site in self.sites if path in site.consumers)
-        return rows, columns - sum(q.channels for q in quantizers if isinstance(q, Residual))
+        return *rows, columns - sum(q.channels for q in quantizers if isinstance(q, Residual))
 
 
 def _thawed(quantizer: Activation | None) -> Activation | None:
@@ -235,14 +237,14 @@ def dequantized(
     return QuantLinear(site, weight.dequantize().to(dtype), bias)
 
 
-def install(block: nn.Module, quantized: QuantBlock, linear: Linear = dequantized) -> None:
-    """Swap the linear layers of ``block`` that ``quantized`` names for what ``linear`` makes of site, codes and bias, and
+def install(block: nn.Module, quantized: QuantBlock, make: Linear = dequantized) -> None:
+    """Swap the linear layers of ``block`` that ``quantized`` names for what ``make`` makes of site, codes and bias, and
     quantize its cache, in place."""
     for site in quantized.sites:
         site_input = SiteInput(site.transform, site.quantizer, num_consumers=len(site.consumers))
         for path in site.consumers:
             bias = getattr(block.get_submodule(path), "bias", None)
             bias = None if bias is None else bias.detach()
-            block.set_submodule(path, linear(site_input, quantized.weights[path], bias))
+            block.set_submodule(path, make(site_input, quantized.weights[path], bias))
     if quantized.kv is not None:
         block.get_submodule(quantized.attention).kv = quantized.kv

@@ -77,10 +77,11 @@ def check(recipe: Recipe) -> Checkpoint:
             )
     if image_pairs.are_pairs(recipe.calibration):
         image_pairs.check(recipe.calibration, checkpoint)
+    model = checkpoint.skeleton()
     wanted = {
         stack
         for stack, name in checkpoint.blocks
-        if not all(scheme.ignores(f"{name}.{path}") for path in linear_layers(stack))
+        if not all(scheme.ignores(f"{name}.{path}") for path in linear_layers(stack, model.get_submodule(name)))
     }
     unreached = [stack for stack in family.towers if stack in wanted and not image_pairs.are_pairs(recipe.calibration)]
     if unreached:
@@ -164,6 +165,7 @@ def run(
         seed=recipe.seed,
         precision=_precision(recipe.precision, device),
         device=device,
+        min_expert_tokens=recipe.min_expert_tokens,
         scratch=partial,
     )
     keeper = _FolderKeeper(partial)
@@ -527,8 +529,8 @@ def _report(
 ) -> dict[str, Any]:
     """``others`` is how many numbers lie outside the blocks."""
     layers = [layer for record in records for layer in record.layers]
-    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
-    code_bytes = round(sum(layer["bits"] * layer["shape"][0] * layer["shape"][1] / 8 for layer in layers))
+    weights = sum(math.prod(layer["shape"]) for layer in layers)
+    code_bytes = round(sum(layer["bits"] * math.prod(layer["shape"]) / 8 for layer in layers))
     online_bytes = folders.online_bytes(partial)
     total = sum(file.stat().st_size for file in partial.glob("microbat-*.safetensors"))
     pictures = _worst(records)

@@ -24,6 +24,8 @@ class Recipe:
     hyper-parameters by name; one that method and solver share is written ``method.name``. ``scale_rule`` empty means the
     method's, or each format's default. ``calibration`` is ``self`` (the model's own generations), a .txt or .jsonl file,
     a folder of images with a .jsonl (``skip_bad``: images that cannot be read are left out), or a data set of the hub.
+    ``min_expert_tokens``: statistics of an expert that saw fewer calibration tokens are filled up
+    with the block's other tokens (:mod:`microbat.calibrate.experts`); None: four times the experts' width, 0: not at all.
     ``precision`` is that of the products in calibration: ``auto`` takes bfloat16 where the hardware multiplies it.
     """
 
@@ -36,6 +38,7 @@ class Recipe:
     calibration: str = "self"
     num_calibration_samples: int = 64
     max_seq_length: int = 512
+    min_expert_tokens: int | None = None
     skip_bad: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -46,6 +49,8 @@ class Recipe:
         for name in ("num_calibration_samples", "max_seq_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.min_expert_tokens is not None and self.min_expert_tokens < 0:
+            raise ValueError(f"min_expert_tokens={self.min_expert_tokens} must be 0 or more, or left out")
         if self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
 

@@ -155,8 +155,8 @@ def _tokens(path: Path) -> Tensor:
 def _layer_errors(reference: nn.Module, run: Run) -> dict[str, float]:
     """Layer -> relative error of the engine's output, on the input that the engine gave it."""
     errors = {}
-    for name, (x, y) in run.layers.items():
-        expected = reference.get_submodule(name)(x.cpu()).to(torch.float32)
+    for name, ((x, *routed), y) in run.layers.items():
+        expected = reference.get_submodule(name)(x.cpu(), *routed).to(torch.float32)
         errors[name] = ((y.cpu().to(torch.float32) - expected).norm() / expected.norm().clamp(min=1e-30)).item()
     return errors
 

@@ -25,27 +25,17 @@ FLOAT = {"epochs": 1, "inputs": "float", "distill_epochs": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dying(BATQuant):
-    """BATQuant that ends its own process at block 1, once, and leaves a mark."""
+class Unlucky(BATQuant):
+    """BATQuant that ends its own process at block 1, once, leaving a mark, and wants more at block 2 than any machine has."""
 
-    name: ClassVar[str] = "dying"
+    name: ClassVar[str] = "unlucky"
     mark: str = ""
 
     def prepare(self, data, plan, solver):
         if data.index == 1 and not Path(self.mark).exists():
             Path(self.mark).write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().prepare(data, plan, solver)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hungry(BATQuant):
-    """BATQuant that wants more at block 1 than any machine has."""
-
-    name: ClassVar[str] = "hungry"
-
-    def prepare(self, data, plan, solver):
-        return torch.empty(1 << 46) if data.index == 1 else super().prepare(data, plan, solver)
+        return super().prepare(data, plan, solver) if data.index < 2 else torch.empty(1 << 46)
 
 
 HEAD = """
@@ -60,17 +50,19 @@ def cluster():
     """The address of a cluster on this machine, which has room for two workers of one thread and belongs to another process."""
     ray = pytest.importorskip("ray")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    settings = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_raylet_start_wait_time_s": "300",
-    }  # a busy machine starts it slowly
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **settings}
+    settings = {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with subprocess.Popen([sys.executable, "-c", HEAD], env=environment, **pipes) as head:
-        yield head.stdout.readline().strip()
-        head.communicate("\n")
+    for _ in range(3):  # Ray gives its own processes half a minute to start, which is too little on a busy machine
+        with subprocess.Popen([sys.executable, "-c", HEAD], env={**os.environ, **settings}, **pipes) as head:
+            address = head.stdout.readline().strip()
+            if address:
+                yield address
+                head.communicate("\n")
+                break
+    else:
+        pytest.skip("Ray does not start on this machine")
     torch.set_num_threads(threads)
 
 
@@ -89,25 +81,22 @@ def test_bytes_of_one_process_though_a_worker_is_killed_and_one_runs_out_of_memo
     assert not pipeline.in_order(recipe)
     alone = shards(pipeline.run(recipe, tmp_path / "alone"))
     _, solver = recipe.methods()
-    mark = tmp_path / "mark"
-    monkeypatch.setattr(Recipe, "methods", lambda self: ((Dying(mark=str(mark), **FLOAT),), solver))
-    assert shards(pipeline.run(recipe, tmp_path / "spread", workers=2, address=cluster)) == alone
+    mark, partial = tmp_path / "mark", tmp_path / "spread.partial"
+    monkeypatch.setattr(Recipe, "methods", lambda self: ((Unlucky(mark=str(mark), **FLOAT),), solver))
+    with pytest.raises(ValueError, match=r"model.layers.2: its worker ran out of memory \(.*alloc.*goes on after them"):
+        pipeline.run(recipe, tmp_path / "spread", workers=2, address=cluster)
     assert int(mark.read_text()) != os.getpid()
-
-    monkeypatch.setattr(Recipe, "methods", lambda self: ((Hungry(**FLOAT),), solver))
-    with pytest.raises(ValueError, match=r"model.layers.1: its worker ran out of memory \(.*alloc.*goes on after them"):
-        pipeline.run(recipe, tmp_path / "resumed", workers=2, address=cluster)
-    first = tmp_path / "resumed.partial" / "microbat-block-000.safetensors"
-    written = first.stat().st_mtime_ns
+    finished = {file.name: file.stat().st_mtime_ns for file in partial.glob("microbat-block-*.safetensors")}
+    assert sorted(finished) == ["microbat-block-000.safetensors", "microbat-block-001.safetensors"]
     monkeypatch.undo()
-    assert shards(pipeline.run(recipe, tmp_path / "resumed")) == alone
-    assert (tmp_path / "resumed" / first.name).stat().st_mtime_ns == written
+    assert shards(pipeline.run(recipe, tmp_path / "spread")) == alone
+    assert all((tmp_path / "spread" / name).stat().st_mtime_ns == written for name, written in finished.items())
 
 
 def test_what_a_method_says_of_its_inputs_decides():
-    said = "trains each block on what the quantized blocks before it make (inputs=mixed; inputs=float does not)"
-    assert BATQuant().in_order == said
-    assert "inputs=mixed" in BATQuant(inputs="mixed").in_order
+    said = "trains each block on what the quantized blocks before it make (inputs=quantized; inputs=float does not)"
+    assert BATQuant(inputs="quantized").in_order == said
+    assert "inputs=mixed" in BATQuant().in_order
     assert not BATQuant(inputs="float").in_order
     assert not FlatQuant().in_order
     apart = {name for name, method in methods().items() if not getattr(method(), "in_order", "solver")}

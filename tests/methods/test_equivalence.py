@@ -8,6 +8,7 @@ import torch
 
 from microbat import native, pipeline
 from microbat.calibrate.engine import Job, calibrate
+from microbat.export.folder import float_tensors
 from microbat.formats.block import QTensor
 from microbat.linear import install
 from microbat.methods.base import ModelData, Preparer
@@ -37,7 +38,7 @@ class Exact(QTensor):
         return self.codes
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "qwen3_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("name", PREPARERS)
 def test_float_function_is_kept(tiny, pairs, monkeypatch, name, family):
     exact = lambda self, x: Exact(format=self.format, codes=x, scales=x[..., :: self.format.block])  # noqa: E731
@@ -72,7 +73,7 @@ def test_float_function_is_kept(tiny, pairs, monkeypatch, name, family):
             return False
 
         def save(self, index, block, module, record):
-            blocks[index] = block, {k: v for k, v in module.state_dict().items() if "norm" in k or "bias" in k}
+            blocks[index] = block, float_tensors(module)
 
         def finish(self, tokens, outputs):
             pass
@@ -95,10 +96,10 @@ def test_float_function_is_kept(tiny, pairs, monkeypatch, name, family):
         "qwen3_vl": 3 * 7 + 3 * 4,
         "qwen2_5_vl": 3 * 7 + 3 * 5,
     }.get(family, 2 * 7)
-    for index, (block, norms) in blocks.items():
+    for index, (block, floats) in blocks.items():
         module = model.get_submodule(checkpoint.blocks[index][1])
         install(module, block)
-        module.load_state_dict(norms, strict=False)
+        module.load_state_dict(floats, strict=False)
     for sample in samples or ({"input_ids": tokens},):
         with torch.no_grad():
             before, after = float_model(**sample).logits, model(**sample).logits

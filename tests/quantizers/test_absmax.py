@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from microbat.formats.block import BlockFormat
+from microbat.formats.block import BlockFormat, QTensor
 from microbat.formats.hifloat import HIF4, HIF8
 from microbat.formats.integer import INT4_GROUP, INT8_ROW
 from microbat.formats.microscaling import (
@@ -244,3 +244,35 @@ def test_a_format_that_travelled_between_processes_means_the_same(format):
     assert AbsMax(format=copy).rule == AbsMax(format=format).rule
     stored = pack(AbsMax(format=copy).quantize(x))
     assert torch.equal(unpack(stored, copy, 64).dequantize(), AbsMax(format=format).fake(x))
+
+
+@pytest.mark.parametrize(("format", "rule"), WITH_RULES, ids=name)
+def test_a_stack_is_its_tensors(format, rule):
+    """Scales of a whole tensor too are those of each; pack and unpack give them back."""
+    x = spread(3, 10, 128) * torch.tensor([1.0, 30.0, 0.01])[:, None, None]
+    one = AbsMax(format=format, rule=rule)
+    stack = AbsMax(format=format, rule=rule, stacked=True)
+    alone = [one.quantize(tensor) for tensor in x]
+    q = stack.quantize(x)
+    assert torch.equal(q.dequantize(), torch.stack([tensor.dequantize() for tensor in alone]))
+    assert torch.equal(stack.fake(x), q.dequantize())
+    assert q.nbytes == sum(tensor.nbytes for tensor in alone)
+    again = QTensor.stack([unpack(pack(tensor), format, 128) for tensor in q.unstack()])
+    assert torch.equal(again.dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize("format", [MXFP4, NVFP4], ids=name)
+def test_gradients_of_a_stack_are_its_tensors(format):
+    x, ratios = spread(2, 10, 64), torch.rand(2, 10, 64 // format.block, 2) / 2 + 0.5
+    both = []
+    for stacked in (True, False):
+        leaf, low, high = x.clone().requires_grad_(), *(r.clone().requires_grad_() for r in ratios.unbind(-1))
+        quantizer = AbsMax(format=format, stacked=stacked)
+        if stacked:
+            y = quantizer.fake(leaf, low, high)
+        else:
+            y = torch.stack([quantizer.fake(*parts) for parts in zip(leaf, low, high, strict=True)])
+        (y * spread(2, 10, 64, seed=1)).sum().backward()
+        both.append((y, leaf.grad, low.grad, high.grad))
+    for one, two in zip(*both, strict=True):
+        assert torch.equal(one, two)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from microbat.experts import ExpertLinear
 from microbat.models.base import Checkpoint, linear_layers
 from microbat.scheme import Scheme
 
@@ -25,7 +26,9 @@ class Covered:
 def coverage(checkpoint: Checkpoint, scheme: Scheme) -> list[Covered]:
     """Every matrix of the model in the model's order, but for embeddings; then what ``scheme`` ignores without effect."""
     family, model = checkpoint.family, checkpoint.skeleton()
-    known = {f"{name}.{path}" for stack, name in checkpoint.blocks for path in linear_layers(stack)}
+    blocks = {name: (stack, model.get_submodule(name)) for stack, name in checkpoint.blocks}
+    known = {f"{name}.{path}" for name, (stack, block) in blocks.items() for path in linear_layers(stack, block)}
+    readers = {f"{n}.{path}" for n, (stack, _) in blocks.items() for site in stack.sites for path in site.readers}
     outside = tuple(f"{path}." for path in family.others)
     weights, activations = (role and role.format.name for role in (scheme.weight, scheme.activation))
     rows = []
@@ -35,11 +38,13 @@ def coverage(checkpoint: Checkpoint, scheme: Scheme) -> list[Covered]:
             key: tuple(p.shape) for key, p in own.items() if p.dim() > 1 and not isinstance(module, nn.Embedding)
         }
         for key, shape in matrices.items():
-            layer = name if isinstance(module, nn.Linear) else f"{name}.{key}"
+            layer = name if isinstance(module, nn.Linear | ExpertLinear) else f"{name}.{key}"
             if scheme.ignores(layer):
                 rows.append(Covered(layer=layer, shape=shape, reason="ignored, as asked"))
             elif layer in known:
                 rows.append(Covered(layer=layer, shape=shape, weights=weights, activations=activations))
+            elif name in readers:
+                rows.append(Covered(layer=layer, shape=shape, reason="the router stays in float"))
             elif name == family.head:
                 rows.append(Covered(layer=layer, shape=shape, reason="the output head stays in float"))
             elif f"{name}.".startswith(outside):

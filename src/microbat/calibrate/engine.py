@@ -15,27 +15,30 @@ from the tower is quantized in one stream and float in the other.
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from microbat.calibrate.experts import counted, expert_hessians, floor_of, solve_experts
 from microbat.calibrate.fake import faked, transformed
 from microbat.calibrate.memory import allocate
 from microbat.calibrate.stats import Hessian
 from microbat.calibrate.stream import Activations, Passage, Sample, passage
+from microbat.experts import linear
 from microbat.formats.block import QTensor
 from microbat.formats.composite import Composite, format_name
 from microbat.kv import KVQuantizer
 from microbat.linear import QuantBlock, QuantLinear, QuantSite, SiteInput, install
-from microbat.methods.base import Method, Plan, Preparer, Quant, SitePlan, Solver, Statistics
+from microbat.methods.base import Method, Plan, Preparer, Quant, SitePlan, Solution, Solver, Statistics
 from microbat.models.base import Checkpoint, Stack, linear_layers
 from microbat.quantizers.clip import Clip
 from microbat.quantizers.mixed import Mixed
-from microbat.quantizers.residual import Residual, effective, facing
+from microbat.quantizers.residual import effective, facing
 from microbat.scheme import Scheme
 
 Precision = Literal["float32", "bfloat16"]
@@ -47,6 +50,8 @@ class Job:
     """What to calibrate and how, on ``tokens`` int64 [S, L] or, where there are any, on ``pairs`` of images and text.
 
     ``batch`` sequences run at once where nothing is trained. Activations that memory does not hold go below ``scratch``.
+    Statistics of an expert that saw fewer than ``min_expert_tokens`` are filled up (:mod:`microbat.calibrate.experts`; None: by
+    the experts' width).
     """
 
     checkpoint: Checkpoint
@@ -59,6 +64,7 @@ class Job:
     device: torch.device
     scratch: Path
     batch: int = 4
+    min_expert_tokens: int | None = None
     pairs: tuple[Sample, ...] = ()
 
     @property
@@ -69,7 +75,8 @@ class Job:
 
 @dataclass(kw_only=True)
 class Record:
-    """What happened to one block, as plain numbers."""
+    """What happened to one block, as plain numbers; ``expert_tokens``: how many calibration tokens each of its experts got, and
+    ``expert_floor``: below how many statistics of an expert are filled up."""
 
     name: str
     index: int
@@ -78,6 +85,8 @@ class Record:
     loss: list[float]
     layers: list[dict[str, Any]]
     activations: list[dict[str, Any]] = field(default_factory=list)
+    expert_tokens: list[int] = field(default_factory=list)
+    expert_floor: int | None = None
 
 
 class Keeper(Protocol):
@@ -127,7 +136,8 @@ class FloatBlock:
     prepared: Prepared | None = None
 
 
-Ahead = Callable[[Job, Iterator[FloatBlock]], Iterator[FloatBlock]]
+Blocks = Generator[FloatBlock, None, None]
+Ahead = Callable[[Job, Blocks], Blocks]
 Observer = Callable[[str, Tensor, Tensor, Quant], dict[str, Any]]
 Progress = Callable[[int, float, float], None]
 
@@ -214,7 +224,7 @@ def preflight(checkpoint: Checkpoint, scheme: Scheme, methods: Iterable[Method] 
     model = checkpoint.skeleton()
     for stack, place in checkpoint.blocks:
         block = model.get_submodule(place)
-        for path in linear_layers(stack):
+        for path in linear_layers(stack, block):
             name = f"{place}.{path}"
             linear = block.get_submodule(path)
             for quantizer in (scheme.weight, scheme.activation):
@@ -238,9 +248,15 @@ def calibrate(
     """Quantize the model of ``job`` block by block; yields each block's record when its result is kept. ``ahead`` has blocks
     prepared before their turn."""
     model = job.checkpoint.skeleton()
-    floats = _float_blocks(job, model)
-    if ahead is not None:
-        floats = ahead(job, floats)
+    blocks = _float_blocks(job, model)
+    with contextlib.closing(blocks if ahead is None else ahead(job, blocks)) as floats:
+        yield from _walk(job, model, floats, keeper, observe, progress)
+
+
+def _walk(
+    job: Job, model: nn.Module, floats: Blocks, keeper: Keeper, observe: Observer, progress: Progress
+) -> Iterator[Record]:
+    """Calibrate the float model's blocks as they come."""
     towers: _Towers = {}
     for stack, own in _stacks(job):
         if _unreached(job, stack):
@@ -272,7 +288,7 @@ def _load(job: Job, model: nn.Module, name: str) -> nn.Module:
     return job.checkpoint.load_into(copy.deepcopy(model.get_submodule(name)), name).to(job.device)
 
 
-def _float_blocks(job: Job, model: nn.Module) -> Iterator[FloatBlock]:
+def _float_blocks(job: Job, model: nn.Module) -> Blocks:
     """The float model's blocks in order. Two streams take turns: what a block makes is what the next one gets."""
     towers: _Towers = {}
     for stack, own in _stacks(job):
@@ -316,12 +332,16 @@ def _calibrate_block(
         install(block, result)
         block.load_state_dict({k: t.to(job.device) for k, t in floats.items()}, strict=False, assign=True)
     distances = []
-    for rows, output in _Runner(job, given.stack, given.calls, quantized.lengths).outputs(block, quantized):
-        _check_finite(output, f"the quantized outputs of {given.name}")
-        distances.append(_distance(output, given.targets[rows]).flatten())
-        quantized.write(rows, output)
+    with counted(block) as expert_tokens:
+        for rows, output in _Runner(job, given.stack, given.calls, quantized.lengths).outputs(block, quantized):
+            _check_finite(output, f"the quantized outputs of {given.name}")
+            distances.append(_distance(output, given.targets[rows]).flatten())
+            quantized.write(rows, output)
     if kept is None:
-        record.error = torch.cat(distances).mean().item()
+        record.error, record.expert_tokens = torch.cat(distances).mean().item(), expert_tokens
+        if expert_tokens and job.solver.needs:
+            experts = block.get_submodule(job.checkpoint.family.experts)
+            record.expert_floor = floor_of(experts, job.min_expert_tokens)
         record.seconds += time.perf_counter() - started
         keeper.save(given.index, result, block, record)
     return record
@@ -343,7 +363,7 @@ def prepare_block(job: Job, given: FloatBlock) -> Prepared:
 
 
 def _prepare(job: Job, data: _Data, name: str) -> Plan:
-    plan = _initial_plan(job, data._stack, name)
+    plan = _initial_plan(job, data._stack, name, data.block)
     for preparer in job.preparers:
         plan = preparer.prepare(data, plan, job.solver)
     return plan
@@ -378,7 +398,7 @@ def _quantize_block(
     weights = {path: data.block.get_submodule(path).weight for site in plan.sites for path in site.weights}
     attention = data.block.get_submodule(plan.attention)
     frozen, attention.kv = _frozen(plan)
-    codes, notes = _solve(job, data, frozen, {**weights, **plan.latents})
+    codes, notes = _solve(job, data, name, frozen, {**weights, **plan.latents})
     for preparer in job.preparers:
         preparer.refine(data, plan, codes, job.solver)
     frozen, attention.kv = _frozen(plan)
@@ -393,20 +413,15 @@ def _quantize_block(
     return QuantBlock(sites=sites, weights=codes, kv=attention.kv, attention=plan.attention), record
 
 
-def _initial_plan(job: Job, stack: Stack, name: str) -> Plan:
-    cache = job.scheme.cache if stack.caches else None
+def _initial_plan(job: Job, stack: Stack, name: str, block: nn.Module) -> Plan:
+    cache, quantizer = job.scheme.cache if stack.caches else None, job.scheme.weight
     plan = Plan(sites=[], kv=cache and KVQuantizer(cache, cache), attention=stack.attention)
-    for site in stack.sites:
+    for site in stack.sites_in(block):
         kept = [path for path in site.consumers if not job.scheme.ignores(f"{name}.{path}")]
-        if kept and job.scheme.weight is not None:
-            plan.sites.append(
-                SitePlan(
-                    site=site,
-                    transform=None,
-                    activation=job.scheme.activation,
-                    weights=dict.fromkeys(kept, job.scheme.weight),
-                )
-            )
+        if kept and quantizer is not None:
+            stacks = {path: block.get_submodule(path).weight.dim() == 3 for path in kept}
+            weights: dict[str, Quant] = {path: replace(quantizer, stacked=stack) for path, stack in stacks.items()}
+            plan.sites.append(SitePlan(site=site, transform=None, activation=job.scheme.activation, weights=weights))
     return plan
 
 
@@ -435,7 +450,7 @@ def _freeze(site: SitePlan) -> SitePlan:
 
 @torch.no_grad()
 def _solve(
-    job: Job, data: _Data, plans: list[SitePlan], weights: dict[str, Tensor]
+    job: Job, data: _Data, name: str, plans: list[SitePlan], weights: dict[str, Tensor]
 ) -> tuple[dict[str, QTensor | Composite], dict[str, dict[str, float]]]:
     """Codes of every linear layer, in the order of the data flow: later sites see earlier ones quantized."""
     codes, notes = {}, {}
@@ -448,15 +463,12 @@ def _solve(
         inputs[plan.site.name] = site
         for path in plan.weights:
             targets[path] = transformed(weights[path].to(torch.float64), plan.transform).to(torch.float32)
-            linear = QuantLinear(site, facing(plan.activation, targets[path]), originals[path].bias)
-            block.set_submodule(path, linear)
+            layer = QuantLinear(site, facing(plan.activation, targets[path]), originals[path].bias)
+            block.set_submodule(path, layer)
     try:
         for plan in plans:
-            statistics = None
-            if "hessian" in job.solver.needs:
-                statistics = Statistics(hessian=_hessian(job, data, inputs[plan.site.name], next(iter(plan.weights))))
             own = {path: targets.pop(path) for path in plan.weights}
-            for path, solution in job.solver.solve_site(own, plan.weights, statistics).items():
+            for path, solution in _solve_site(job, data, name, plan, inputs[plan.site.name], own).items():
                 rounded, notes[path] = solution.weight.dequantize(), dict(solution.notes)
                 codes[path] = facing(plan.activation, solution.weight)
                 block.get_submodule(path).weight = facing(plan.activation, rounded)
@@ -467,24 +479,53 @@ def _solve(
     return codes, notes
 
 
+def _solve_site(
+    job: Job, data: _Data, name: str, plan: SitePlan, site: SiteInput, weights: dict[str, Tensor]
+) -> dict[str, Solution]:
+    """Codes of the ``weights`` that read one activation, on its statistics as quantized, where the solver wants them."""
+    first, weight = next(iter(weights.items()))
+    run = partial(_run_until, data, first)
+    quantized = lambda x: effective(site.quantizer, site(x))  # noqa: E731
+    if weight.dim() == 3:
+        path = job.checkpoint.family.experts
+        module = data.block.get_submodule(path)
+        hessians = partial(
+            expert_hessians,
+            module,
+            run,
+            quantized,
+            weight.shape[-1],
+            floor=floor_of(module, job.min_expert_tokens),
+            name=f"{name}.{path}",
+        )
+        return solve_experts(job.solver, weights, plan.weights, hessians)
+    statistics = None
+    if "hessian" in job.solver.needs:
+        hessian = Hessian(weight.shape[-1], job.device)
+        run(lambda x: hessian.add(quantized(x)))
+        statistics = Statistics(hessian=hessian.mean)
+    return job.solver.solve_site(weights, plan.weights, statistics)
+
+
 class _Seen(Exception):
     """Raised where a block need not run any further."""
 
 
-def _hessian(job: Job, data: _Data, site: SiteInput, path: str) -> Tensor:
-    """X^T X / T of a site's quantized activation over the quantized stream; the block runs as far as the site."""
-    residual = site.quantizer.channels if isinstance(site.quantizer, Residual) else 0
-    hessian = Hessian(data.block.get_submodule(path).weight.shape[1] - residual, job.device)
+def _run_until(data: _Data, path: str, see: Callable[..., None]) -> None:
+    """Run the block over the quantized stream as far as the layer at ``path``; ``see`` gets what each batch gives the layer."""
 
-    def see(inputs: tuple, output: Tensor) -> None:
-        hessian.add(effective(site.quantizer, output))
+    def stop(_: nn.Module, inputs: tuple) -> None:
+        see(*inputs)
         raise _Seen
 
-    with _watch(site, see):
-        for rows in data.inputs.batches(job.batch):
+    job = data._runner.job
+    handle = data.block.get_submodule(path).register_forward_pre_hook(stop)
+    try:
+        for rows in data.inputs.batches(1 if job.pairs else job.batch):  # samples of their own lengths run one by one
             with contextlib.suppress(_Seen):
                 data._runner.step(data.block, data.inputs[rows], rows)
-    return hessian.mean
+    finally:
+        handle.remove()
 
 
 def _measure(
@@ -499,11 +540,11 @@ def _measure(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Each layer's errors on a few sequences of the quantized stream, and pictures of activations: the worst layer's,
     and in the last block its last site's as well, which is there whatever the method, so that runs can be compared."""
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, tuple] = {}
     with contextlib.ExitStack() as stack:
         for plan in plans:
             first = data.block.get_submodule(next(iter(plan.weights)))
-            keep = lambda inputs, output, key=plan.site.name: seen.setdefault(key, inputs[0])  # noqa: E731
+            keep = lambda inputs, output, key=plan.site.name: seen.setdefault(key, inputs)  # noqa: E731
             stack.enter_context(_watch(first, keep))
         rows = torch.arange(min(MEASURED_SEQUENCES, len(data.inputs)))
         with torch.no_grad():
@@ -511,12 +552,13 @@ def _measure(
     layers: list[dict[str, Any]] = []
     viewed: dict[str, tuple[SitePlan, Quant]] = {}
     for plan in plans:
-        x = seen[plan.site.name].to(torch.float32)
+        x, *routed = seen[plan.site.name]
+        x = x.to(torch.float32)
         mapped = x if plan.transform is None else plan.transform(x)
         rounded = mapped if plan.activation is None else plan.activation.fake(mapped)
         for path in plan.weights:
-            exact = x @ weights[path].T
-            error = _ratio(rounded @ codes[path].dequantize().T - exact, exact)
+            exact = linear(x, weights[path], None, *routed)
+            error = _ratio(linear(rounded, codes[path].dequantize(), None, *routed) - exact, exact)
             q, shape, transform = codes[path], weights[path].shape, plan.transform
             layers.append(
                 {
@@ -543,7 +585,7 @@ def _measure(
     pictures = []
     for layer in dict.fromkeys(wanted):
         plan, quantizer = viewed[layer]
-        x = seen[plan.site.name].to(torch.float32)
+        x = seen[plan.site.name][0].to(torch.float32)
         mapped = x if plan.transform is None else plan.transform(x)
         pictures.append(observe(layer, x.flatten(0, -2), mapped.flatten(0, -2), quantizer))
     return layers, pictures
@@ -645,7 +687,7 @@ def _watch(module: nn.Module, see: Callable[[tuple, Tensor], Any]) -> Iterator[N
 
 
 def _sequences(x: Tensor) -> Tensor:
-    """[S, L, K], also where tokens are packed [T, K]."""
+    """[S, L, K], also where tokens are packed [T, K] or go to experts."""
     return x if x.dim() == 3 else x[None]
 
 

@@ -4,10 +4,12 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from microbat.experts import Routed, linear
 from microbat.linear import QuantLinear, SiteInput
 from microbat.methods.base import Plan, Quant
 from microbat.quantizers.residual import facing
@@ -15,7 +17,7 @@ from microbat.transforms.base import Transform
 
 
 class FakeLinear(nn.Module):
-    """A linear layer that transforms, clips and quantizes its float weight at every call."""
+    """A linear layer, or experts, that transforms, clips and quantizes its float weight at every call."""
 
     def __init__(self, site: SiteInput, weight: Tensor, bias: Tensor | None, quantizer: Quant):
         super().__init__()
@@ -23,12 +25,12 @@ class FakeLinear(nn.Module):
         self.float_weight = weight
         self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, routed: Routed | None = None) -> Tensor:
         x = self.site(x)
         with torch.autocast(x.device.type, enabled=False):
             weight = transformed(self.float_weight, self.site.transform)
         weight = facing(self.site.quantizer, self.quantizer.fake(weight))
-        return nn.functional.linear(x, weight, self.bias)
+        return linear(x, weight, self.bias, routed)
 
 
 class Scaled(nn.Module):
@@ -38,12 +40,23 @@ class Scaled(nn.Module):
         super().__init__()
         self.module, self.scale = module, scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module(x) * self.scale
+    def forward(self, *inputs: Any) -> Tensor:
+        return self.module(*inputs) * self.scale
+
+
+class Unscaled(nn.Module):
+    """A module that reads an activation whose channels were multiplied by ``scale`` [K], and stays as it was."""
+
+    def __init__(self, module: nn.Module, scale: Tensor):
+        super().__init__()
+        self.module, self.scale = module, scale
+
+    def forward(self, x: Tensor) -> Any:
+        return self.module(x / self.scale)
 
 
 def transformed(weight: Tensor, transform: Transform | None) -> Tensor:
-    """``weight`` [N, K] in the basis of the transformed activation."""
+    """``weight`` [..., K] in the basis of the transformed activation."""
     return weight if transform is None else transform.inverse_t(weight)
 
 
@@ -58,15 +71,18 @@ def faked(block: nn.Module, plan: Plan, weights: dict[str, Tensor], rounded: boo
         site_input = SiteInput(site.transform, site.activation, num_consumers=len(site.weights))
         for path, quantizer in site.weights.items():
             if rounded:
-                linear = QuantLinear(site_input, weights[path], biases[path])
+                layer = QuantLinear(site_input, weights[path], biases[path])
             else:
-                linear = FakeLinear(site_input, weights[path], biases[path], quantizer)
-            block.set_submodule(path, linear)
+                layer = FakeLinear(site_input, weights[path], biases[path], quantizer)
+            block.set_submodule(path, layer)
     for site in plan.sites:
         producer = site.site.producer
         if site.scale is not None and producer not in originals:
             originals[producer] = block.get_submodule(producer)
             block.set_submodule(producer, Scaled(originals[producer], site.scale))
+        for reader in site.site.readers if site.scale is not None else ():
+            originals[reader] = block.get_submodule(reader)
+            block.set_submodule(reader, Unscaled(originals[reader], site.scale))
     attention = block.get_submodule(plan.attention)
     attention.kv = plan.kv
     try:

@@ -11,14 +11,14 @@ class Hessian:
 
     def __init__(self, width: int, device: torch.device):
         self._sum = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self._tokens = 0
+        self.tokens = 0
 
     def add(self, x: Tensor) -> None:
         x_TK = x.reshape(-1, x.shape[-1]).to(torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             self._sum += (x_TK.T @ x_TK).to(torch.float64)
-        self._tokens += x_TK.shape[0]
+        self.tokens += x_TK.shape[0]
 
     @property
     def mean(self) -> Tensor:
-        return self._sum / max(self._tokens, 1)
+        return self._sum / max(self.tokens, 1)

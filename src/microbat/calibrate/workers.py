@@ -16,14 +16,14 @@ import dataclasses
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from microbat.calibrate.engine import Ahead, FloatBlock, Job, Prepared, prepare_block
+from microbat.calibrate.engine import Ahead, Blocks, FloatBlock, Job, Prepared, prepare_block
 from microbat.calibrate.stream import Activations
 
 RETRIES = 3  # of a block whose worker died
@@ -56,7 +56,7 @@ class Workers:
 
         return lambda job, blocks: self._prepared(job, blocks, has)
 
-    def _prepared(self, job: Job, blocks: Iterator[FloatBlock], has: Callable[[int], bool]) -> Iterator[FloatBlock]:
+    def _prepared(self, job: Job, blocks: Blocks, has: Callable[[int], bool]) -> Blocks:
         import ray
 
         threads = torch.get_num_threads()

@@ -4,7 +4,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,12 @@ from microbat.registry import subclasses
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What an engine made of a sequence: ``logits`` float32 [L, V] of its last L tokens (or log-probabilities), computed in
-    ``dtype``; ``layers``: linear layer -> its input and output, [1, tokens, K] and [1, tokens, N]. Engines that do not show
-    their layers leave it empty."""
+    ``dtype``; ``layers``: linear layer -> its inputs and its output: [1, tokens, K] and [1, tokens, N], for experts [tokens, K],
+    which rows go to which, and [rows, N]. Engines that do not show their layers leave it empty."""
 
     logits: Tensor
     dtype: torch.dtype
-    layers: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    layers: dict[str, tuple[tuple[Any, ...], Tensor]] = field(default_factory=dict)
 
 
 class Engine(ABC):
@@ -46,10 +46,10 @@ class Engine(ABC):
 @torch.no_grad()
 def watched(model: nn.Module, tokens: Tensor, layers: list[str], images: dict[str, Tensor]) -> Run:
     """The run of ``model``, a model of transformers in this process."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
     with contextlib.ExitStack() as stack:
         for name in layers:
-            keep = lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)})  # noqa: E731
+            keep = lambda module, inputs, output, name=name: seen.update({name: (inputs, output)})  # noqa: E731
             stack.enter_context(model.get_submodule(name).register_forward_hook(keep))
         there = {name: tensor.to(model.device) for name, tensor in images.items()}
         logits = model(tokens[None].to(model.device), **there).logits[0]

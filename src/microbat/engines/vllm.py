@@ -51,7 +51,7 @@ def _cause(stderr: str) -> str:
 
 def _watch(
     folder: str, tokens: Tensor, layers: list[str]
-) -> tuple[Tensor, torch.dtype, dict[str, tuple[Tensor, Tensor]]]:
+) -> tuple[Tensor, torch.dtype, dict[str, tuple[tuple[Tensor], Tensor]]]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -64,7 +64,7 @@ def _watch(
         max_num_seqs=1,
     )
     hidden: list[Tensor] = []
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: dict[str, tuple[tuple[Tensor], Tensor]] = {}
 
     def hook(model: nn.Module) -> None:
         model.register_forward_hook(lambda module, inputs, output: hidden.append(output[: len(tokens)].clone()))
@@ -83,13 +83,13 @@ def _watch(
     return logits.to("cpu", torch.float32), dtype, {name: seen[name] for name in layers if name in seen}
 
 
-def _keeper(parts: list[str], seen: dict[str, tuple[Tensor, Tensor]]) -> nn.Module:
+def _keeper(parts: list[str], seen: dict[str, tuple[tuple[Tensor], Tensor]]) -> nn.Module:
     """A hook that keeps what went in and out of the layers ``parts`` of one module."""
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]) -> None:
         x = inputs[0].detach().cpu()[None].clone()
         for name, y in zip(parts, output[0].split(module.output_partition_sizes, dim=-1), strict=True):
-            seen[name] = (x, y.detach().cpu()[None].clone())
+            seen[name] = ((x,), y.detach().cpu()[None].clone())
 
     return keep
 

@@ -11,7 +11,8 @@
     tokenizer files, generation_config.json as the model had them
 
 Names inside a shard: ``<layer>.weight_packed`` / ``.weight`` and ``<layer>.weight_scale`` as in compressed-tensors
-(:mod:`microbat.formats.packing`); ``<block>.sites.<site>.transform.<parameter>`` and ``<block>.sites.<site>.clip`` [G, 2]
+(:mod:`microbat.formats.packing`), those of experts as ``mlp.experts.<number>.gate_proj.weight_packed``, one tensor [N, K] each;
+``<block>.sites.<site>.transform.<parameter>`` and ``<block>.sites.<site>.clip`` [G, 2]
 for what compressed-tensors cannot express. A shard's metadata says which site has which transform, so that it can be
 read alone, and the digest of each of its tensors, so that what was altered is refused by name. While a run goes on its
 shards lie in ``<folder>.partial`` and become the folder by one rename at the end.
@@ -24,7 +25,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,10 @@ class StoredBlock:
 
 def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tensor]) -> None:
     """Write one block's shard whole or not at all. ``floats`` are its other tensors, by name inside the block."""
-    tensors = {f"{name}.{key}": value for key, value in floats.items()}
+    stacks = {key: len(value) for key, value in floats.items() if value.dim() == 3}  # of experts that stay in float
+    tensors = {f"{name}.{key}": value for key, value in floats.items() if key not in stacks}
+    for key in stacks:
+        tensors |= {f"{name}.{own}": matrix for own, matrix in zip(_each(key, stacks[key]), floats[key], strict=True)}
     sites = []
     for site in block.sites:
         prefix = f"{name}.sites.{site.name}"
@@ -100,10 +104,12 @@ def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tens
             entry.setdefault("weights", {})[layer] = {"format": format_name(q), "shape": list(q.shape)}
             if isinstance(q, Composite):
                 entry["weights"][layer]["parts"] = [[part.format.name, part.shape[-1]] for part in q.parts]
-            stored = pack_parts(q) if isinstance(q, Composite) else pack(q)
-            tensors |= {f"{name}.{layer}.{key}": t for key, t in stored.items()}
+            matrices = q.unstack() if len(q.shape) == 3 else [q]
+            for own, matrix in zip(stored_paths(layer, q.shape), matrices, strict=True):
+                stored = pack_parts(matrix) if isinstance(matrix, Composite) else pack(matrix)
+                tensors |= {f"{name}.{own}.{key}": t for key, t in stored.items()}
         sites.append(entry)
-    description: dict[str, Any] = {"name": name, "sites": sites}
+    description: dict[str, Any] = {"name": name, "sites": sites, **({"experts": stacks} if stacks else {})}
     if block.kv is not None:
         kv, prefix = block.kv, f"{name}.kv"
         description["kv"] = {"attention": block.attention}
@@ -115,6 +121,17 @@ def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tens
             description["kv"]["transform"] = {"name": kv.transform.name, **kv.transform.settings()}
             tensors |= {f"{prefix}.transform.{key}": t for key, t in kv.transform.state_dict().items()}
     _write_shard(path, tensors, description)
+
+
+def stored_paths(layer: str, shape: Sequence[int]) -> list[str]:
+    """Paths under which the weight of ``layer`` is stored: its own, or for experts [E, N, K] one of each."""
+    return [layer] if len(shape) == 2 else [own.removesuffix(".weight") for own in _each(f"{layer}.weight", shape[0])]
+
+
+def _each(key: str, num_experts: int) -> list[str]:
+    """The names of a tensor ``mlp.experts.gate_proj.weight``, expert by expert: ``mlp.experts.0.gate_proj.weight`` ..."""
+    parent, layer, kind = key.rsplit(".", 2)
+    return [f"{parent}.{expert}.{layer}.{kind}" for expert in range(num_experts)]
 
 
 def _describe(quantizer: Activation) -> dict[str, Any]:
@@ -143,16 +160,21 @@ def _block_of(description: dict[str, Any], tensors: dict[str, Tensor], path: Pat
     prefix = description["name"] + "."
     tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     formats, sites, weights = instances("microbat.formats", BlockFormat), [], {}
+    for key, num_experts in description.get("experts", {}).items():
+        tensors[key] = torch.stack([tensors.pop(own) for own in _each(key, num_experts)])
     for entry in description["sites"]:
         for layer, stored in entry["weights"].items():
             names = [f"{n}.{k}" for n in range(len(stored.get("parts", ()))) for k in PACKED] or PACKED
-            parts = {k: tensors.pop(f"{layer}.{k}") for k in names if f"{layer}.{k}" in tensors}
-            try:
-                weights[layer] = _read_weight(stored, parts, formats)
-            except (KeyError, RuntimeError, ValueError) as error:
-                raise ValueError(
-                    f"shard {path}: {prefix}{layer} does not hold {stored['format']} codes ({error})"
-                ) from error
+            read: list[Any] = []
+            for own in stored_paths(layer, stored["shape"]):
+                parts = {k: tensors.pop(f"{own}.{k}") for k in names if f"{own}.{k}" in tensors}
+                try:
+                    read.append(_read_weight(stored, parts, formats))
+                except (KeyError, RuntimeError, ValueError) as error:
+                    raise ValueError(
+                        f"shard {path}: {prefix}{own} does not hold {stored['format']} codes ({error})"
+                    ) from error
+            weights[layer] = type(read[0]).stack(read) if len(stored["shape"]) == 3 else read[0]
         sites.append(_read_site(entry, tensors, formats))
     quantized = QuantBlock(sites=tuple(sites), weights=weights)
     if "kv" in description:
@@ -176,8 +198,9 @@ PACKED = ("weight_packed", "weight", "weight_scale", "weight_global_scale", "wei
 def _read_weight(
     stored: dict[str, Any], parts: dict[str, Tensor], formats: dict[str, BlockFormat]
 ) -> QTensor | Composite:
-    """A weight's codes, checked; KeyError, RuntimeError and ValueError where they are not what ``stored`` says."""
-    shape = tuple(stored["shape"])
+    """The codes of a weight, or of one expert's, checked; KeyError, RuntimeError and ValueError where they are not what
+    ``stored`` says."""
+    shape = tuple(stored["shape"][-2:])
     if "parts" in stored:
         mixed = unpack_parts(parts, [(pick("format", name, formats), width) for name, width in stored["parts"]])
         if tuple(mixed.shape) != shape:
@@ -330,8 +353,7 @@ def check_fit(block: nn.Module, stored: StoredBlock, shard: Path) -> None:
     ``block`` is the float block of the skeleton; what it lacks or has too much is left to whoever fills it.
     """
     for path in stored.quantized.weights:
-        linear, shape = block.get_submodule(path), stored.quantized.shape(path)
-        wanted = (linear.out_features, linear.in_features)
+        shape, wanted = stored.quantized.shape(path), tuple(block.get_submodule(path).weight.shape)
         if shape != wanted:
             raise ValueError(f"shard {shard}: {path} is {shape}; config.json makes it {wanted}")
     parameters = dict(block.named_parameters())

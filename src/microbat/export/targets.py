@@ -153,6 +153,12 @@ TARGETS = {
 }
 
 
+NO_EXPERTS = (
+    "no engine has been verified to compute them as calibrated; keep the microbat folder, which microbat.load runs, and "
+    "transformers after `import microbat`, or leave them in float with --ignore 're:experts'"
+)
+
+
 def target_of(name: str, layout: str) -> Target:
     """The target of this name; ValueError for an unknown one and for one that reads another layout."""
     target = pick("target", name, TARGETS)
@@ -218,6 +224,8 @@ def _offers(target: Target) -> str:
 
 def _site_reasons(target: Target, site: QuantSite, block: QuantBlock) -> list[str]:
     reasons = []
+    if any(len(block.weights[path].shape) == 3 for path in site.consumers):
+        return [f"{', '.join(site.consumers)} are experts: {NO_EXPERTS}"]
     if site.transform is not None:
         reasons.append(
             f"transform {site.transform.name!r} before {', '.join(site.consumers)} runs online and would be dropped; "

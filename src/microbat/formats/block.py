@@ -8,6 +8,7 @@ scales in such a format: the only currency between quantizing, exporting and run
 # Shapes: L leading, K last axis (the reduction axis), G groups along K, B block size; K padded to G * B. S: parts of a block
 # that have a scale inside it, those of all inner levels one level after the other.
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -154,8 +155,8 @@ def join_blocks(x_LGB: Tensor, width: int) -> Tensor:
 class QTensor:
     """A quantized tensor: one uint8 code per element and float32 scale values (exactly representable in their format).
 
-    ``codes`` [..., K]; ``scales`` [..., G], one per block along K; ``tensor_scale`` [] or None for formats without one;
-    ``inner`` uint8 codes [..., G, S] of the scales inside each block, or None.
+    ``codes`` [..., K]; ``scales`` [..., G], one per block along K; ``tensor_scale`` [] or None for formats without one, [E, 1, 1]
+    in a stack of tensors [E, N, K]; ``inner`` uint8 codes [..., G, S] of the scales inside each block, or None.
     """
 
     format: BlockFormat
@@ -171,7 +172,33 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """Bytes when packed, scales included."""
-        return round(self.format.bits_per_element(tuple(self.shape)) * self.codes.numel() / 8)
+        more = 0 if self.tensor_scale is None else (self.tensor_scale.numel() - 1) * self.format.levels[0].element.bits
+        return round((self.format.bits_per_element(tuple(self.shape)) * self.codes.numel() + more) / 8)
+
+    @classmethod
+    def stack(cls, tensors: Sequence["QTensor"]) -> "QTensor":
+        """Tensors [N, K] of one format as one [E, N, K]."""
+        joined: dict[str, Tensor | None] = {}
+        for name in ("codes", "scales", "tensor_scale", "inner"):
+            parts = [part for tensor in tensors if (part := getattr(tensor, name)) is not None]
+            joined[name] = torch.stack(parts) if parts else None
+        if joined["tensor_scale"] is not None:
+            joined["tensor_scale"] = joined["tensor_scale"][:, None, None]
+        return cls(format=tensors[0].format, **joined)  # type: ignore[arg-type]
+
+    def unstack(self) -> list["QTensor"]:
+        """The tensors [N, K] of a stack [E, N, K]."""
+        scales = self.tensor_scale
+        return [
+            QTensor(
+                format=self.format,
+                codes=self.codes[index],
+                scales=self.scales[index],
+                tensor_scale=None if scales is None else scales[index].reshape(()),
+                inner=None if self.inner is None else self.inner[index],
+            )
+            for index in range(len(self.codes))
+        ]
 
     def dequantize(self) -> Tensor:
         """float32 [..., K]: code value times its scale (a block scale meets its tensor scale first)."""

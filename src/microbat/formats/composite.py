@@ -2,6 +2,7 @@
 
 # Shapes: N rows, K last axis.
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,15 @@ class Composite:
 
     def dequantize(self) -> Tensor:
         return torch.cat([part.dequantize() for part in self.parts], dim=-1)
+
+    @classmethod
+    def stack(cls, tensors: Sequence["Composite"]) -> "Composite":
+        """Tensors [N, K] with the same groups as one [E, N, K]."""
+        return cls(parts=tuple(QTensor.stack(same) for same in zip(*(t.parts for t in tensors), strict=True)))
+
+    def unstack(self) -> list["Composite"]:
+        """The tensors [N, K] of a stack [E, N, K]."""
+        return [Composite(parts=parts) for parts in zip(*(part.unstack() for part in self.parts), strict=True)]
 
 
 def format_name(q: QTensor | Composite) -> str:

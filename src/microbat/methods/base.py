@@ -63,7 +63,8 @@ class Plan:
     def folded(
         self, weights: dict[str, Tensor], biases: dict[str, Tensor | None]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-        """Weights [N, K] and biases [N] of linear layers, by path, around activations that are scaled, values that are mapped.
+        """Weights [N, K] or [E, N, K] and biases [N] of linear layers, by path, around activations that are scaled, values that
+        are mapped.
 
         Both go into the rows that make them, and inverted into the columns that read them.
         """
@@ -104,8 +105,9 @@ class Stream(Protocol):
 
 
 class BlockData(Protocol):
-    """One block's calibration data, as a method sees it. ``rotates``: a rotation of the whole model reaches its stream.
-    ``inputs`` are what the quantized blocks before it made; there are none while preparers that are not ``in_order`` prepare."""
+    """One block's calibration data, as a method sees it; weights are [N, K], of experts [E, N, K]. ``rotates``: a rotation of the
+    whole model reaches its stream. ``inputs`` are what the quantized blocks before it made; there are none while preparers that
+    are not ``in_order`` prepare."""
 
     index: int
     block: nn.Module
@@ -122,7 +124,7 @@ class BlockData(Protocol):
 
     def watch(self, seen: dict[str, Callable[[Tensor], Any]]) -> None:
         """Run the float block over the float stream once; each function gets the inputs [S, L, K] of the linear layer at its
-        path, batch by batch."""
+        path, batch by batch; those of experts, which the router has mixed, as one sequence [1, T, K]."""
 
     def faked(
         self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False
@@ -246,10 +248,12 @@ class Solution:
 class Solver(Method):
     """Picks the codes of one weight. ``needs`` names the statistics of the layer's quantized input that it wants;
     ``weight_lr``, in units of each weight's root mean square, asks a preparer to train the weights along with its own
-    parameters."""
+    parameters. ``takes_stacks``: :meth:`solve` rounds the weights [E, N, K] of experts as they are; others get one after the
+    other."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     weight_lr: ClassVar[float | None] = None
+    takes_stacks: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, weight: Tensor, quantizer: Quant, statistics: Statistics | None) -> Solution:

@@ -6,7 +6,8 @@ Dong, Yu, 2026. arXiv 2603.16590.
     (3)  x_i clipped to [sigma(a_min) min x_i, sigma(a_max) max x_i]  (eq. 3, 4), weights likewise
     (4)  P, a = argmin E || F(X) - F^(X; P, a) ||^2 per transformer block  (eq. 5)
 
-Transforms: one for q, k, v; one for o; one for gate and up; one for down (section 3.2). Weights are transformed and
+Transforms: one for q, k, v; one for o; one for gate and up; one for down (section 3.2). Experts have the last two once for all
+of a block's. Weights are transformed and
 clipped offline; activations online. With a quantized cache also P_k, on keys after their position encoding, and P_v on
 values, folded into v_proj and o_proj; both act on a head's lanes and are shared by the heads.
 
@@ -105,7 +106,7 @@ class BATQuant(Preparer):
                 site.activation = self._clip(site.activation, width)
             if self.weight_clip:
                 site.weights = {
-                    path: self._clip(q, width, linears[path].out_features) for path, q in site.weights.items()
+                    path: self._clip(q, width, *linears[path].weight.shape[:-1]) for path, q in site.weights.items()
                 }
         if plan.kv is not None:
             self._map_values(plan, plan.kv.value.format, data)
@@ -178,7 +179,8 @@ class BATQuant(Preparer):
         data.watch({path: partial(gather, path, transform.block) for _, path, transform in sites})
         for site, path, transform in sites:
             size, moment = transform.block, moments[path]
-            weight = torch.cat([data.block.get_submodule(path).weight for path in site.weights]).to(torch.float64)
+            weights = [data.block.get_submodule(path).weight.flatten(0, -2) for path in site.weights]
+            weight = torch.cat(weights).to(torch.float64)
             weight_GNB = weight.unflatten(-1, (-1, size)).transpose(0, 1)
             gram = weight_GNB.mT @ weight_GNB
             if plan.values is not None and site is plan.value_site() and plan.values.block == size:

@@ -89,6 +89,6 @@ class FlatQuant(Preparer):
         if site.activation is not None:
             site.activation = Clip(site.activation, shape=(1,), whole=True)
         site.weights = {
-            path: Clip(q, shape=(data.block.get_submodule(path).out_features, 1), whole=True)
+            path: Clip(q, shape=(*data.block.get_submodule(path).weight.shape[:-1], 1), whole=True)
             for path, q in site.weights.items()
         }

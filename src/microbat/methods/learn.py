@@ -111,7 +111,7 @@ SMALLEST = 1e-5  # the floor of SmoothQuant's authors, and FlatQuant's, for both
 
 def channel_maxima(data: BlockData, site: Site) -> tuple[Tensor, Tensor]:
     """The largest magnitude of each of the site's channels [K]: of the activation, and over its consumers' weights."""
-    weights = [data.block.get_submodule(path).weight for path in site.consumers]
+    weights = [data.block.get_submodule(path).weight.flatten(0, -2) for path in site.consumers]
     return data.absmax(site.consumers[0]), torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
 
 
@@ -131,10 +131,15 @@ def fold(block: nn.Module, plan: Plan) -> None:
         linear.weight = nn.Parameter(weights[path], requires_grad=False)
         linear.bias = None if biases[path] is None else nn.Parameter(biases[path], requires_grad=False)
     for site in (site for site in plan.sites if site.scale is not None):
-        if site.site.producer not in linears:  # a norm: its gain [K], and a bias if it has one
+        if (
+            site.site.producer not in linears
+        ):  # a norm: its gain [K], and a bias; or a layer that stays in float: its rows
             producer = block.get_submodule(site.site.producer)
             for name, parameter in list(producer.named_parameters()):
-                setattr(producer, name, nn.Parameter(parameter * site.scale, requires_grad=False))
+                scale = site.scale if parameter.dim() == 1 else site.scale[:, None]
+                setattr(producer, name, nn.Parameter(parameter * scale, requires_grad=False))
+        for reader in (block.get_submodule(path) for path in site.site.readers):
+            reader.weight = nn.Parameter(reader.weight / site.scale, requires_grad=False)
         site.scale = None
     plan.values = None
 
@@ -276,9 +281,13 @@ def learn_rotation(
         return quantizer.fake(x @ matrix) @ matrix.T
 
     for head, block in zip(heads, network.get_submodule(family.blocks), strict=True):
-        for site in family.sites:
+        for site in family.sites_in(block):
             consumer = block.get_submodule(site.consumers[0])
-            if site.normed:
+            if site.normed and site.readers:  # which see it in floats
+                for path in site.consumers:
+                    before = lambda m, i: (quantized(i[0], stream), *i[1:])  # noqa: E731
+                    block.get_submodule(path).register_forward_pre_hook(before)
+            elif site.normed:
                 block.get_submodule(site.producer).register_forward_hook(lambda m, i, out: quantized(out, stream))
             elif site.headed:
 
@@ -290,7 +299,7 @@ def learn_rotation(
             else:
                 fixed = online(consumer.in_features).to(model.device)
                 consumer.weight.copy_(fixed.inverse_t(consumer.weight))
-                consumer.register_forward_pre_hook(lambda m, i, fixed=fixed: (quantizer.fake(fixed(i[0])),))
+                consumer.register_forward_pre_hook(lambda m, i, fixed=fixed: (quantizer.fake(fixed(i[0])), *i[1:]))
     generator = torch.Generator().manual_seed(model.seed)
     num = len(model.pairs) or len(model.tokens)
     rows = torch.cat([torch.randperm(num, generator=generator) for _ in range(1 + steps * batch // num)])

@@ -18,6 +18,7 @@ from microbat.methods.base import Quant, Solution, Solver, Statistics
 class Learned(Solver):
     name: ClassVar[str] = "learned"
     summary: ClassVar[str] = "weights trained along with the transforms, then rounded to nearest"
+    takes_stacks: ClassVar[bool] = True
 
     lr: float = 5e-3  # AdamW, in units of each weight's root mean square; LOG.md has the sweep
 

@@ -12,6 +12,7 @@ from microbat.methods.base import Quant, Solution, Solver, Statistics
 class RTN(Solver):
     name: ClassVar[str] = "rtn"
     summary: ClassVar[str] = "round to nearest"
+    takes_stacks: ClassVar[bool] = True
 
     def solve(self, weight: Tensor, quantizer: Quant, statistics: Statistics | None) -> Solution:
         return Solution(weight=quantizer.quantize(weight))

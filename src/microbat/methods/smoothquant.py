@@ -37,7 +37,7 @@ class SmoothQuant(Preparer):
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
         pairs = []
         for site in (site.site for site in plan.sites if site.site.normed):
-            linears = [data.block.get_submodule(path) for path in site.consumers]
+            linears = [data.block.get_submodule(path) for path in (*site.consumers, *site.readers)]
             pairs.append((data.block.get_submodule(site.producer), linears, *channel_maxima(data, site)))
 
         def scale(alpha: float, sign: int) -> None:

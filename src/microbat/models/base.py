@@ -6,7 +6,7 @@ with the :class:`Site` s of its activations.
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microbat.experts import Experts
 from microbat.models.attention import attention_function
+from microbat.models.layout import Layout, Source, sources
 from microbat.registry import instances
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -28,7 +30,8 @@ class Site:
 
     ``producer`` None: nothing whose output's channels, multiplied by factors, multiply the activation's (what comes out of a
     GELU). ``normed``: the producer is a norm of the residual stream. ``headed``: the producer's output, the values, is mixed
-    over tokens on its way here, head by head; its lanes are heads times the head's size.
+    over tokens on its way here, head by head; its lanes are heads times the head's size. ``readers``: modules with a weight
+    [N, K] that consume it too and stay in float (a router).
     """
 
     name: str
@@ -36,6 +39,7 @@ class Site:
     consumers: tuple[str, ...]
     normed: bool = False
     headed: bool = False
+    readers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,7 @@ class Stack:
     lists blocks whose outputs others read than the next block. ``rotates``: its residual stream is what a rotation of the model
     rotates. ``caches``: its keys and values are kept from token to token. ``sequences``: its activations are [S, L, K]; those
     of others are tokens [T, K] of several images, packed. ``inner``: its width that is padded to whole blocks of a format.
+    ``sites`` of layers that a block does not have are none of that block's (:meth:`sites_in`).
     """
 
     sites: tuple[Site, ...]
@@ -69,6 +74,10 @@ class Stack:
     sequences: bool = True
     inner: Inner | None = None
 
+    def sites_in(self, block: nn.Module) -> tuple[Site, ...]:
+        """The sites that ``block`` has: those whose consumers are there."""
+        return tuple(site for site in self.sites if _has(block, site.consumers[0]))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family(Stack):
@@ -77,7 +86,8 @@ class Family(Stack):
 
     ``others``: modules outside all blocks that have weights. ``feeds``: patterns of linear layers among them that write to
     the residual stream. ``auto``: the class of transformers that makes such a model from its config. ``stored``: how names in a
-    checkpoint begin, where not as the modules are called, and what that stands for.
+    checkpoint begin, where not as the modules are called, and what that stands for. ``experts``: the module of a block that holds
+    its experts, where there are any. ``layouts``: what a checkpoint stores otherwise than the model holds it.
     """
 
     name: str
@@ -90,6 +100,8 @@ class Family(Stack):
     feeds: tuple[str, ...] = ()
     auto: str = "AutoModelForCausalLM"
     stored: tuple[tuple[str, str], ...] = ()
+    experts: str = ""
+    layouts: tuple[Layout, ...] = ()
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -108,6 +120,18 @@ DECODER_SITES = (
     Site(name="up", producer="post_attention_layernorm", consumers=("mlp.gate_proj", "mlp.up_proj"), normed=True),
     Site(name="down", producer="mlp.up_proj", consumers=("mlp.down_proj",)),
 )
+# Of experts [E, N, K] (microbat.experts): one activation for all of a block's, whose tokens the router then deals out.
+EXPERT_SITES = (
+    Site(
+        name="experts_up",
+        producer="post_attention_layernorm",
+        consumers=("mlp.experts.gate_proj", "mlp.experts.up_proj"),
+        normed=True,
+        readers=("mlp.gate",),
+    ),
+    Site(name="experts_down", producer="mlp.experts.up_proj", consumers=("mlp.experts.down_proj",)),
+)
+EXPERT_WRITERS = ("self_attn.o_proj", "mlp.down_proj", "mlp.experts.down_proj")
 
 
 def families() -> dict[str, Family]:
@@ -242,7 +266,8 @@ class Checkpoint:
 
     @property
     def names(self) -> Iterable[str]:
-        return self._stored.keys()
+        """Names of all tensors as the model holds them."""
+        return self._sources.keys()
 
     @cached_property
     def _stored(self) -> dict[str, str]:
@@ -251,6 +276,12 @@ class Checkpoint:
             name: next((p for p in self.family.stored if name.startswith(p[0])), ("", "")) for name in self._files
         }
         return {after + name.removeprefix(before): name for name, (before, after) in stands.items()}
+
+    @cached_property
+    def _sources(self) -> Mapping[str, Source]:
+        """What each tensor is made of, by the names of ``_stored``."""
+        layouts = self.family.layouts if self._index == WEIGHTS_INDEX else ()  # other indices: folders as we hold them
+        return sources(self._stored, self.family.blocks, layouts)
 
     def in_block(self, name: str) -> bool:
         """Whether the stored tensor ``name`` belongs to one of the blocks."""
@@ -272,19 +303,30 @@ class Checkpoint:
         )
 
     def file_of(self, name: str) -> Path:
-        """The file that holds the stored tensor ``name``."""
-        return self._files[self._stored[name]]
+        """The file that holds the tensor ``name``, or the first part of it."""
+        return self._files[self._stored[self._sources[name].names[0]]]
 
     def tensor(self, name: str) -> Tensor:
-        """One stored tensor, in its stored dtype; ValueError, naming file and tensor, where the file lacks it."""
+        """One tensor as the model holds it, in its stored dtype; ValueError, naming file and tensor, where a file lacks it."""
+        source, read = self._sources[name], {}
+        parts = [self._stored[part] for part in source.names]
+        for file in dict.fromkeys(self._files[part] for part in parts):
+            read |= self._read_from(file, [part for part in parts if self._files[part] == file])
+        tensors = [read[part] for part in parts]
+        return tensors[0] if source.layout is None else source.layout.held_form(tensors, self.config_of(self.family))
+
+    @staticmethod
+    def _read_from(file: Path, names: list[str]) -> dict[str, Tensor]:
         from safetensors import SafetensorError
 
-        stored = self._stored[name]
-        with _open(self._files[stored]) as tensors:
-            try:
-                return tensors.get_tensor(stored)
-            except SafetensorError as error:
-                raise ValueError(f"checkpoint file {self._files[stored]} lacks tensor {stored} ({error})") from error
+        with _open(file) as tensors:
+            read = {}
+            for name in names:
+                try:
+                    read[name] = tensors.get_tensor(name)
+                except SafetensorError as error:
+                    raise ValueError(f"checkpoint file {file} lacks tensor {name} ({error})") from error
+            return read
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """All stored tensors under a module path, by their names below it."""
@@ -299,6 +341,7 @@ class Checkpoint:
         for stack in self.family.stacks:
             rotary = model.get_submodule(stack.rotary)
             model.set_submodule(stack.rotary, type(rotary)(config=self.config_of(stack)))
+        hold_experts(model, self.family)
         return model.eval().requires_grad_(False)
 
     @property
@@ -351,6 +394,26 @@ def _open(file: Path) -> Any:
         raise ValueError(f"checkpoint file {file} cannot be read ({error}); is it truncated?") from error
 
 
+def hold_experts(model: nn.Module, family: Family) -> None:
+    """Put :class:`microbat.experts.Experts`, without weights, where blocks of ``model`` have experts."""
+    for block in model.get_submodule(family.blocks):
+        if family.experts and _has(block, family.experts):
+            block.set_submodule(family.experts, Experts.like(block.get_submodule(family.experts)))
+
+
+def _has(block: nn.Module, path: str) -> bool:
+    try:
+        block.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def linear_layers(stack: Stack, block: nn.Module) -> tuple[str, ...]:
+    """Paths inside ``block`` of every linear layer that a site feeds."""
+    return tuple(path for site in stack.sites_in(block) for path in site.consumers)
+
+
 def auto_class(folder: Path) -> Any:
     """The class of transformers that makes the model in ``folder``, of a known family or not."""
     import transformers
@@ -366,8 +429,3 @@ def _model_type(folder: Path) -> str:
 def block_names(family: Family, model: nn.Module) -> list[str]:
     """Every block of ``model`` by its name, in the order of execution."""
     return [f"{s.blocks}.{i}" for s in family.stacks for i in range(len(model.get_submodule(s.blocks)))]
-
-
-def linear_layers(stack: Stack) -> tuple[str, ...]:
-    """Paths inside a block of every linear layer that a site feeds."""
-    return tuple(path for site in stack.sites for path in site.consumers)

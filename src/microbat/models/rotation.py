@@ -85,13 +85,13 @@ class RotatedCheckpoint(Checkpoint):
         normed = [site for site in family.sites if site.normed]
         if path in [site.producer for site in normed]:
             return torch.ones_like(self.original.tensor(name))
-        linear = path in family.writers or any(path in site.consumers for site in family.sites)
+        linear = path in family.writers or any(path in (*site.consumers, *site.readers) for site in family.sites)
         if not linear:
             return self.original.tensor(name)
         tensor = self._read(name)
         if kind == "weight":
             for site in normed:
-                if path in site.consumers:
+                if path in (*site.consumers, *site.readers):
                     gain = self._read(f"{family.blocks}.{index}.{site.producer}.weight")
                     tensor = (tensor * gain) @ stream
         if path in family.writers:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from microbat import native
 from microbat.formats.block import BlockFormat, QTensor, join_blocks, split_blocks
-from microbat.formats.scales import default_rule, rules_for
+from microbat.formats.scales import default_rule, rules_for, sees_tensor
 from microbat.quantizers import kernel
 
 
@@ -58,11 +58,13 @@ class AbsMax(Quantizer):
     """Each block's scale from its largest magnitude by ``rule``; round to nearest.
 
     ``rule`` defaults to the one that serves the format best (:func:`microbat.formats.scales.default_rule`).
-    Two steps, so that scales can be fixed before values are rounded.
+    Two steps, so that scales can be fixed before values are rounded. ``stacked``: what it quantizes is a stack [E, N, K], and a
+    scale of the whole tensor is one of each [N, K].
     """
 
     format: BlockFormat
     rule: str = ""
+    stacked: bool = False
 
     def __post_init__(self) -> None:
         if not self.rule:
@@ -98,7 +100,18 @@ class AbsMax(Quantizer):
         x_GB = split_blocks(x.to(torch.float32), self.format.block_of(x.shape[-1]))
         return join_blocks(kernel.round_blocks(x_GB, scales.product, self.format, scales.inner), x.shape[-1])
 
+    def of_one(self, index: int) -> "AbsMax":
+        """The quantizer of tensor ``index`` of the stack."""
+        return replace(self, stacked=False)
+
+    @property
+    def _one_by_one(self) -> bool:
+        """Whether a stack's tensors go through on their own; without scales of whole tensors they are one tensor of more rows."""
+        return self.stacked and sees_tensor(self.format, self.rule)
+
     def quantize(self, x: Tensor) -> QTensor:
+        if self._one_by_one:
+            return QTensor.stack([self.of_one(index).quantize(tensor) for index, tensor in enumerate(x)])
         return self.encode(x, self.scales(x))
 
     def fake(
@@ -112,6 +125,9 @@ class AbsMax(Quantizer):
         and without a gradient: a buffer used again costs a CPU a third of a fresh one.
         """
         width = x.shape[-1]
+        if self._one_by_one:
+            clips = [()] * len(x) if low is None or high is None else zip(low, high, strict=True)
+            return torch.stack([self.of_one(i).fake(x[i], *clip) for i, clip in enumerate(clips)])
         if native.available(x) and native.knows(self.format, self.rule) and not _needs_gradient(x, low, high):
             y = torch.empty(x.shape, dtype=_matmul_dtype(x.device)) if out is None else out
             if native.available(y):

@@ -15,9 +15,9 @@ class Clip(nn.Module):
     """Clip each block to ``[r_low * min(x, 0), r_high * max(x, 0)]``, then quantize with ``inner``.
 
     ``ratios`` [..., G, 2] broadcasts over the leading axes of the tensor: [G, 2] clips an activation's block alike in
-    every token, [N, G, 2] clips each block of a weight on its own. While learning, ``logits`` are the parameter and
-    the ratios their sigmoid; :meth:`freeze` turns them into plain numbers. ``whole`` takes the extremes of the whole last
-    axis instead of each block's, G = 1: FlatQuant's clipping, per token and per row of a weight.
+    every token, [N, G, 2] clips each block of a weight on its own, [E, N, G, 2] of a stack of weights. While learning,
+    ``logits`` are the parameter and the ratios their sigmoid; :meth:`freeze` turns them into plain numbers. ``whole`` takes the
+    extremes of the whole last axis instead of each block's, G = 1: FlatQuant's clipping, per token and per row of a weight.
     """
 
     fixed_ratios: Tensor
@@ -52,6 +52,10 @@ class Clip(nn.Module):
         clip = Clip(self.inner, whole=self.whole)
         clip.logits = nn.Parameter(torch.logit(self.ratios.detach(), eps=1e-6))
         return clip
+
+    def of_one(self, index: int) -> "Clip":
+        """The clip of tensor ``index`` of a stack [E, N, K], its ratios as constants."""
+        return Clip(self.inner.of_one(index), self.ratios[index].detach(), whole=self.whole)
 
     def clip(self, x: Tensor) -> Tensor:
         """``x`` [..., K] with every block clipped; float32."""

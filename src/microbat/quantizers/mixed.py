@@ -33,6 +33,10 @@ class Mixed(Quantizer):
             raise ValueError(f"groups of {self.widths} channels for a width of {x.shape[-1]}")
         return list(zip(self.parts, x.split(self.widths, dim=-1), strict=True))
 
+    def of_one(self, index: int) -> "Mixed":
+        """The quantizer of tensor ``index`` of a stack [E, N, K]."""
+        return self
+
     def quantize(self, x: Tensor) -> Composite:  # type: ignore[override]
         return Composite(parts=tuple(part.quantize(group) for part, group in self.split(x)))
 

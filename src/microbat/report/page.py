@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from microbat.report import sections, theme
+from microbat.report import experts, sections, theme
 from microbat.report.text import escape
 
 # The browser itself refuses whatever the page would load from elsewhere. 'unsafe-eval': plotly compiles functions.
@@ -23,6 +23,7 @@ PARTS = (
     sections.recipe,
     sections.errors,
     sections.training,
+    experts.experts,
     sections.activations,
     sections.layer_table,
 )
@@ -31,6 +32,7 @@ LINKS = (
     ("recipe", "Recipe"),
     ("errors", "Where the error is"),
     ("training", "Training"),
+    ("experts", "Experts"),
     ("activations", "Activations"),
     ("layers", "All layers"),
 )

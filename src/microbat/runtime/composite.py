@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from microbat.formats.composite import Composite
 from microbat.linear import SiteInput, Weight
+from microbat.runtime.experts import PackedExperts
 from microbat.runtime.packed import PackedLinear
 
 
@@ -57,8 +58,11 @@ def packed_linear(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     backend: str = "auto",
-) -> PackedLinear | CompositeLinear:
-    """The layer that runs from the bits of ``weight``, whatever it is made of."""
+) -> PackedLinear | CompositeLinear | PackedExperts:
+    """The layer that runs from the bits of ``weight`` [N, K] or [E, N, K], whatever it is made of."""
+    if len(weight.shape) == 3:
+        settings = {"dtype": dtype, "device": device, "backend": backend}
+        return PackedExperts(site, [packed_linear(SiteInput(), own, None, **settings) for own in weight.unstack()])
     if isinstance(weight, Composite):
         return CompositeLinear(site, weight, bias, dtype=dtype, device=device, backend=backend)
     return PackedLinear(site, weight, bias, dtype=dtype, device=device, backend=backend)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from microbat.experts import ExpertLinear
 from microbat.export.folder import (
     INDEX,
     OTHER_SHARD,
@@ -63,9 +64,12 @@ def load_plain(folder: str | Path, *, dtype: torch.dtype, device: str | torch.de
     model = assemble(*_read(Path(folder)), dtype=dtype, device=device)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
-            linear = nn.Linear(1, 1, device="meta")
             quantizer, weight = module.site.quantizer, module.weight
             weight = quantizer.original(weight) if isinstance(quantizer, Residual) else weight
+            if weight.dim() == 3:
+                model.set_submodule(name, ExpertLinear.of(weight))
+                continue
+            linear = nn.Linear(1, 1, device="meta")
             linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), module.bias
             linear.out_features, linear.in_features = weight.shape
             model.set_submodule(name, linear)

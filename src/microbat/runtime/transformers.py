@@ -18,6 +18,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from microbat.experts import ExpertLinear
 from microbat.export.folder import (
     INDEX,
     QUANT_METHOD,
@@ -29,7 +30,7 @@ from microbat.export.folder import (
 )
 from microbat.linear import install
 from microbat.models.attention import attention_function
-from microbat.models.base import block_names, family_of
+from microbat.models.base import block_names, family_of, hold_experts
 from microbat.runtime.composite import packed_linear
 
 
@@ -62,14 +63,19 @@ class MicrobatQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str], **kwargs: Any
     ) -> None:
         self.folder = Path(checkpoint_files[0]).parent
-        self.blocks = block_names(family_of(model.config.model_type), model)
+        family = family_of(model.config.model_type)
+        hold_experts(model, family)
+        self.blocks = block_names(family, model)
         ours = []
         for index, name in enumerate(self.blocks):
             block = model.get_submodule(name)
             ours.append(re.escape(name) + r"\.(sites|kv)\.")
-            for path in quantized_layers(self.folder / block_shard(index)):
+            experts = [path for path, module in block.named_modules() if isinstance(module, ExpertLinear)]
+            for path in {*quantized_layers(self.folder / block_shard(index)), *experts}:
                 block.set_submodule(path, _Awaited(block.get_submodule(path)))
                 ours.append(re.escape(f"{name}.{path}.") + r"(\d+\.)?weight")
+            if experts:  # transformers joins what it takes for floats of experts
+                ours.append(re.escape(f"{name}.{family.experts}."))
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ours}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -80,13 +86,16 @@ class MicrobatQuantizer(HfQuantizer):
             check_fit(block, stored, shard)
             place = next(block.parameters())
             install(block, stored.quantized, partial(packed_linear, dtype=place.dtype))
+            for path in [path for path, module in block.named_modules() if isinstance(module, _Awaited)]:
+                block.set_submodule(path, ExpertLinear.of(stored.floats[f"{path}.weight"].to(place.dtype)))
             block.to(place.device)
         return model.requires_grad_(False)
 
 
 class _Awaited(nn.Module):
-    """The place of a linear layer whose codes come when transformers has placed everything else."""
+    """The place of a linear layer, or of experts, whose weights come when transformers has placed everything else."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Module):
         super().__init__()
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.weight = linear.weight.detach().to("meta")  # no parameter: of its shape alone
+        self.bias = linear.bias

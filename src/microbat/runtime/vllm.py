@@ -104,6 +104,8 @@ class MicrobatConfig(QuantizationConfig):
             frozenset(quantized_layers(self.folder / block_shard(index)))
             for index in range(hf_config.num_hidden_layers)
         ]
+        if family.experts and any(path.startswith(family.experts) for paths in self.layers for path in paths):
+            raise ValueError(f"{self.folder} holds quantized experts, which vLLM does not run; microbat.load does")
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         self._check_config()

@@ -1,0 +1,83 @@
+"""Checkpoints that store tensors otherwise than models hold them."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from microbat.models.base import WEIGHTS_INDEX, Checkpoint
+from microbat.models.layout import Layout, sources
+from microbat.models.mixtral import MIXTRAL
+
+TOKENS = torch.randint(257, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_the_float_model_is_transformers(tiny, family):
+    model, theirs = Checkpoint(tiny(family)).load(), AutoModelForCausalLM.from_pretrained(tiny(family))
+    torch.testing.assert_close(model(TOKENS).logits, theirs(TOKENS).logits)
+
+
+def test_blocks_without_experts(tiny):
+    folder = tiny("qwen3_moe", decoder_sparse_step=2)
+    checkpoint = Checkpoint(folder)
+    model = checkpoint.load()
+    names = [[site.name for site in checkpoint.family.sites_in(block)] for block in model.model.layers]
+    assert names == [["qkv", "o", "up", "down"], ["qkv", "o", "experts_up", "experts_down"]]
+    torch.testing.assert_close(model(TOKENS).logits, AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits)
+
+
+def test_experts_of_a_block_in_several_files(tiny, tmp_path):
+    whole = load_file(tiny("mixtral") / "model.safetensors")
+    folder = shutil.copytree(tiny("mixtral"), tmp_path / "m", ignore=shutil.ignore_patterns("model.safetensors"))
+    files = {name: f"model-{index % 3}.safetensors" for index, name in enumerate(sorted(whole))}
+    for file in set(files.values()):
+        save_file({name: whole[name] for name, its in files.items() if its == file}, folder / file)
+    (folder / WEIGHTS_INDEX).write_text(json.dumps({"weight_map": files}))
+    one, two = Checkpoint(tiny("mixtral")), Checkpoint(folder)
+    assert set(one.names) == set(two.names)
+    for name in one.names:
+        assert torch.equal(one.tensor(name), two.tensor(name)), name
+    assert one.tensor("model.layers.1.mlp.experts.down_proj.weight").shape == (3, 64, 96)
+
+
+def test_an_expert_that_is_missing_is_named(tiny, tmp_path):
+    tensors = load_file(tiny("mixtral") / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.1.w3.weight"]
+    folder = shutil.copytree(tiny("mixtral"), tmp_path / "m", ignore=shutil.ignore_patterns("model.safetensors"))
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks expert 1 of model\.layers\.1\.mlp\.experts\.up_proj\.weight .*w3"):
+        Checkpoint(folder).num_blocks  # noqa: B018
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_fused_experts(transposed):
+    """As Qwen3-VL-MoE stores them: gate before up, [E, K, 2 N] on the hub, [E, 2 N, K] as transformers saves them."""
+    layouts = (
+        Layout(held="e.gate.weight", stored="e.both", inputs="hidden_size", half=0),
+        Layout(held="e.up.weight", stored="e.both", inputs="hidden_size", half=1),
+        Layout(held="e.down.weight", stored="e.down", inputs="moe_intermediate_size"),
+    )
+    config = SimpleNamespace(hidden_size=4, moe_intermediate_size=6)
+    found = sources(["b.0.e.both", "b.0.e.down", "b.0.norm", "head"], "b", layouts)
+    assert set(found) == {"b.0.e.gate.weight", "b.0.e.up.weight", "b.0.e.down.weight", "b.0.norm", "head"}
+    gate, up = torch.randn(3, 6, 4), torch.randn(3, 6, 4)
+    stored = torch.cat([gate, up], dim=1)
+    stored = stored.mT.contiguous() if transposed else stored
+    for name, expected in (("b.0.e.gate.weight", gate), ("b.0.e.up.weight", up)):
+        assert found[name].names == ("b.0.e.both",)
+        assert torch.equal(found[name].layout.held_form([stored], config), expected)
+
+
+def test_names_that_no_layout_has_stay():
+    found = sources(
+        ["model.layers.0.mlp.gate.weight", "x.block_sparse_moe.gate.weight"], "model.layers", MIXTRAL.layouts
+    )
+    assert {name: source.names for name, source in found.items()} == {
+        "model.layers.0.mlp.gate.weight": ("model.layers.0.mlp.gate.weight",),
+        "x.block_sparse_moe.gate.weight": ("x.block_sparse_moe.gate.weight",),
+    }
