@@ -43,7 +43,7 @@
 namespace {
 
 enum ScaleKind : int32_t { E8M0 = 0, E4M3 = 1, BF16 = 2, FP32 = 3, NONE = 4 };
-enum Rule : int32_t { FLOOR = 0, EVEN = 1, RCEIL = 2, CEIL = 3, ABSMAX = 4 };
+enum Rule : int32_t { FLOOR = 0, EVEN = 1, RCEIL = 2, CEIL = 3, ABSMAX = 4, FULL_RANGE = 5 };
 
 constexpr uint32_t EXPONENT = 0x7F800000, MAGNITUDE = 0x7FFFFFFF;
 constexpr float MIN_FLOAT_SCALE = 0x1p-9f;  // the smallest E4M3 subnormal
@@ -182,7 +182,7 @@ struct Rounding {
 INLINE float block_scale(uint32_t amax_bits, float outer, const Format& f) {
     float amax = float_of(amax_bits);
     if (f.scale != E8M0) {
-        float wanted = (f.scale == E4M3 ? amax / outer : amax) / f.max;
+        float wanted = (f.scale == E4M3 ? amax / outer : amax) / (f.rule == FULL_RANGE ? f.max + 0.5f : f.max);
         if (f.scale == FP32) return wanted;
         if (f.scale == BF16) {
             Bfloat16 rounded;

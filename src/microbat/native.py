@@ -21,7 +21,7 @@ from microbat.formats.element import BF16, E4M3, E8M0, FP32
 from microbat.formats.packing import SCALE_DTYPES
 
 SCALES = {E8M0: 0, E4M3: 1, BF16: 2, FP32: 3}
-RULES = {"floor": 0, "even": 1, "rceil": 2, "ceil": 3, "absmax": 4}
+RULES = {"floor": 0, "even": 1, "rceil": 2, "ceil": 3, "absmax": 4, "full_range": 5}
 FLOATS = (torch.float32, torch.bfloat16)
 LARGEST_MAP = 1024  # numbers in a block of a map
 
