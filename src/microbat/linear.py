@@ -67,7 +67,9 @@ class SiteInput(nn.Module):
         """The activation in its own bits, on devices that have the kernel; None where it stays in floats, or the kernel does not
         know its format."""
         inner = self.quantizer.inner if isinstance(self.quantizer, (Clip, Residual)) else self.quantizer
-        known = isinstance(inner, AbsMax) and (native if native.available(x) else kernels).knows(inner.format, inner.rule)
+        known = isinstance(inner, AbsMax) and (native if native.available(x) else kernels).knows(
+            inner.format, inner.rule
+        )
         return None if not known else self._once(x, packed=True)  # type: ignore[return-value]
 
     def _once(self, x: Tensor, *, packed: bool) -> Tensor | Packed | None:

@@ -891,33 +891,49 @@ VECTORIZED void integers_portable(const int16_t* x, const Integers& in, const We
 
 constexpr int64_t TOKENS_AT_ONCE = 32;  // that stay in the second cache while rows go by
 
+struct alignas(64) Line { int8_t values[64]; };  // a load across two lines of a cache takes twice as long
+
 struct Arranged {  // [token][chunk][vector][64]
-    std::vector<int8_t> values;
+    std::vector<Line> lines;
     std::vector<int32_t> sums, offsets;  // of a token; of a lane of each chunk, [token][chunk][16], times -8
     int64_t size = 0, chunks = 0;
+    const int8_t* token(int64_t t) const { return lines.data()->values + t * size; }
 };
+
+VECTORIZED void arrange_token(const uint8_t* codes, int64_t width, int bits, bool pairs, int8_t* to, int32_t& sum,
+                              int32_t* offsets) {
+    const int64_t chunk = pairs ? 128 : 64;
+    uint8_t buffer[128];
+    int8_t values[128];
+    for (int64_t at = 0; at < width; at += chunk, to += chunk) {
+        const int64_t n = std::min(chunk, width - at);
+        std::memset(buffer, 0, sizeof buffer);
+        unpack_codes(codes + packed_bytes(at, bits), n, bits, buffer);
+        for (int i = 0; i < 128; ++i) values[i] = integer_of(buffer[i], bits);
+        int32_t total = 0;
+        for (int i = 0; i < 128; ++i) total += values[i];
+        sum += total;
+        if (!pairs) {
+            std::memcpy(to, values, 64);
+            continue;
+        }
+        for (int i = 0; i < 64; ++i) to[i] = values[2 * i], to[64 + i] = values[2 * i + 1];
+        for (int lane = 0; offsets && lane < 16; ++lane, ++offsets)
+            for (int i = 0; i < 8; ++i) *offsets -= 8 * values[8 * lane + i];
+    }
+}
 
 Arranged arrange(const Integers& in, const Format& f) {
     Arranged x;
-    const int vectors = f.bits == 4 ? 2 : 1, chunk = 64 * vectors;
+    const bool pairs = f.bits == 4;
+    const int64_t chunk = pairs ? 128 : 64;
     x.chunks = (in.width + chunk - 1) / chunk, x.size = x.chunks * chunk;
-    x.values.assign(size_t(in.tokens * x.size), 0), x.sums.assign(size_t(in.tokens), 0);
-    if (f.block) x.offsets.assign(size_t(in.tokens * x.chunks * 16), 0);
-    uint8_t buffer[128];
-    for (int64_t t = 0; t < in.tokens; ++t) {
-        const uint8_t* codes = in.codes + t * packed_bytes(in.width, in.bits);
-        for (int64_t c = 0; c < x.chunks; ++c) {
-            const int64_t n = std::min<int64_t>(chunk, in.width - c * chunk);
-            unpack_codes(codes + packed_bytes(c * chunk, in.bits), n, in.bits, buffer);
-            int8_t* to = x.values.data() + t * x.size + c * chunk;
-            for (int64_t i = 0; i < n; ++i) {
-                const int8_t value = integer_of(buffer[i], in.bits);
-                to[vectors == 2 ? i % 2 * 64 + i / 2 : i] = value;
-                x.sums[size_t(t)] += value;
-                if (f.block) x.offsets[size_t((t * x.chunks + c) * 16 + i / 8)] -= 8 * value;
-            }
-        }
-    }
+    x.lines.resize(size_t(in.tokens * x.size / 64)), x.sums.resize(size_t(in.tokens));
+    if (f.block) x.offsets.resize(size_t(in.tokens * x.chunks * 16));
+    for (int64_t t = 0; t < in.tokens; ++t)
+        arrange_token(in.codes + t * packed_bytes(in.width, in.bits), in.width, in.bits, pairs,
+                      x.lines.data()->values + t * x.size, x.sums[size_t(t)],
+                      f.block ? x.offsets.data() + t * x.chunks * 16 : nullptr);
     return x;
 }
 
@@ -941,6 +957,15 @@ VNNI INLINE __m512i add_products(__m512i sum, const __m512i w[2], const int8_t* 
     return BITS == 8 ? sum : _mm512_dpbusd_epi32(sum, w[1], _mm512_loadu_si512(x + 64));
 }
 
+// The sums over the lanes of four vectors.
+VNNI INLINE __m128i sums_of_lanes(const __m512i v[4]) {
+    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+    const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
 // int32 sums of T tokens and R rows, one scale a row.
 template <int BITS, int T, int R>
 VNNI void tile_of_rows(const Arranged& x, const Integers& in, const Weight& w, int64_t t, int64_t n, float* out) {
@@ -948,22 +973,39 @@ VNNI void tile_of_rows(const Arranged& x, const Integers& in, const Weight& w, i
     constexpr uint32_t MOVED = BITS == 8 ? 128 : 8;
     const int64_t row_bytes = packed_bytes(in.width, BITS);
     const uint8_t* codes = w.codes + n * row_bytes;
-    const int8_t* from = x.values.data() + t * x.size;
+    const int8_t* from = x.token(t);
     __m512i sums[T][R];
+#pragma GCC unroll 4
     for (int i = 0; i < T; ++i)
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) sums[i][r] = _mm512_setzero_si512();
     for (int64_t c = 0; c < x.chunks; ++c) {
         const int64_t left = row_bytes - c * 64;
         const __mmask64 mask = left >= 64 ? ~0ull : ~0ull >> (64 - left);
         __m512i values[R][2];
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
             unsigned_integers<BITS>(_mm512_maskz_loadu_epi8(mask, codes + r * row_bytes + c * 64), values[r]);
         if (R == 1) _mm_prefetch(reinterpret_cast<const char*>(codes + c * 64 + PREFETCH), _MM_HINT_T0);
+#pragma GCC unroll 4
         for (int i = 0; i < T; ++i)
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r)
                 sums[i][r] = add_products<BITS>(sums[i][r], values[r], from + i * x.size + c * CHUNK);
     }
+    if constexpr (R == 4) {
+#pragma GCC unroll 4
+        for (int i = 0; i < T; ++i) {
+            const __m128i moved = _mm_set1_epi32(int32_t(MOVED * uint32_t(x.sums[size_t(t + i)])));
+            const __m128 four = _mm_cvtepi32_ps(_mm_sub_epi32(sums_of_lanes(sums[i]), moved));
+            const __m128 scales = _mm_castsi128_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.scales + 4 * n)));
+            _mm_storeu_ps(out + (t + i) * w.num_rows + n, _mm_mul_ps(_mm_mul_ps(four, _mm_set1_ps(in.scales[t + i])), scales));
+        }
+        return;
+    }
+#pragma GCC unroll 4
     for (int i = 0; i < T; ++i)
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             const uint32_t moved = MOVED * uint32_t(x.sums[size_t(t + i)]);  // what overflowed on the way comes back
             const int32_t sum = int32_t(uint32_t(_mm512_reduce_add_epi32(sums[i][r])) - moved);
@@ -977,14 +1019,17 @@ VNNI void tile_of_groups(const Arranged& x, const Integers& in, const Weight& w,
     static_assert(BITS == 4);
     const int64_t row_bytes = packed_bytes(in.width, BITS), groups = (in.width + 31) / 32;
     const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    const int8_t* from = x.values.data() + t * x.size;
+    const int8_t* from = x.token(t);
     const int32_t* offsets = x.offsets.data() + t * x.chunks * 16;
     __m512 sums[T][R];
+#pragma GCC unroll 4
     for (int i = 0; i < T; ++i)
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) sums[i][r] = _mm512_setzero_ps();
     for (int64_t c = 0; c < x.chunks; ++c) {
         const int64_t left = row_bytes - c * 64, scales_left = std::min<int64_t>(4, groups - c * 4);
         const __mmask64 mask = left >= 64 ? ~0ull : ~0ull >> (64 - left);
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             __m512i values[2];
             unsigned_integers<BITS>(_mm512_maskz_loadu_epi8(mask, w.codes + (n + r) * row_bytes + c * 64), values);
@@ -993,6 +1038,7 @@ VNNI void tile_of_groups(const Arranged& x, const Integers& in, const Weight& w,
             const __m128i four = _mm_slli_epi32(_mm_cvtepu16_epi32(stored), 16);
             const __m512 scale =
                 _mm512_castsi512_ps(_mm512_permutexvar_epi32(lanes, _mm512_castsi128_si512(four)));
+#pragma GCC unroll 4
             for (int i = 0; i < T; ++i) {
                 __m512i sum = _mm512_loadu_si512(offsets + (i * x.chunks + c) * 16);
                 sum = add_products<BITS>(sum, values, from + i * x.size + c * 128);
@@ -1000,7 +1046,9 @@ VNNI void tile_of_groups(const Arranged& x, const Integers& in, const Weight& w,
             }
         }
     }
+#pragma GCC unroll 4
     for (int i = 0; i < T; ++i)
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
             out[(t + i) * w.num_rows + n + r] = _mm512_reduce_add_ps(sums[i][r]) * in.scales[t + i];
 }
@@ -1013,7 +1061,7 @@ VNNI INLINE void tile(const Arranged& x, const Integers& in, const Weight& w, in
         tile_of_rows<BITS, T, R>(x, in, w, t, n, out);
 }
 
-// Four tokens and four rows at a time: 16 sums for 8 loads. Few tokens: row after row, one stream of memory.
+// Four tokens and four rows at a time: 16 sums, which stay in registers where loops are unrolled early, for 8 loads. Few tokens: row after row, one stream of memory.
 template <int BITS, bool GROUPS>
 VNNI void integers_vnni(const Arranged& x, const Integers& in, const Weight& w, int64_t first, int64_t end, float* out) {
     for (int64_t from = 0; from < in.tokens; from += TOKENS_AT_ONCE) {

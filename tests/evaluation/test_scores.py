@@ -66,7 +66,9 @@ def test_a_mode_of_thinking_is_a_benchmark_of_its_own(tmp_path):
 
     def only_when_slow(requests):
         asked.extend(request.prompt for request in requests)
-        return ((r, Answer(text="" if r.prompt.endswith("/quick") else "\\boxed{2}", truncated=False)) for r in requests)
+        return (
+            (r, Answer(text="" if r.prompt.endswith("/quick") else "\\boxed{2}", truncated=False)) for r in requests
+        )
 
     scores = tasks.answered(only_when_slow, "me", tmp_path / "answers")
     assert {name: score["score"] for name, score in scores.items()} == {"gsm8k-quick": 0, "gsm8k-slow": 1}

@@ -71,7 +71,9 @@ def test_its_folder_is_a_llamas(pangu, text_file, tmp_path):
     biases = {key for key in load_file(tmp_path / "out" / "microbat-block-000.safetensors") if key.endswith("bias")}
     assert {name.split(".")[-2] for name in biases} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     ours = pipeline.load(tmp_path / "out")(TOKENS).logits
-    assert (ours - pipeline.load(pangu)(TOKENS).logits).std() < 0.2 * ours.std()  # a token has outliers twelve times as large
+    assert (
+        ours - pipeline.load(pangu)(TOKENS).logits
+    ).std() < 0.2 * ours.std()  # a token has outliers twelve times as large
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(TOKENS).logits
     torch.testing.assert_close(theirs, ours, atol=1e-3, rtol=1e-3)
 

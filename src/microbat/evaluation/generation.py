@@ -102,7 +102,9 @@ class OnTheSpot:
     tokenizer: Any
     sampling: Sampling
     cache: Callable[[nn.Module], Any] = lambda model: None  # a cache for each batch; None: transformers' own
-    thinking: Thinking | None = None  # whose tokens part thoughts from the answer, as <think> and </think> do in its text
+    thinking: Thinking | None = (
+        None  # whose tokens part thoughts from the answer, as <think> and </think> do in its text
+    )
 
     def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
         size = self.sampling.batch_size
