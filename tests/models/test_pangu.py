@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from microbat import measure, pipeline
+from microbat import comparison, measure, pipeline
 from microbat.methods.base import ModelData
 from microbat.methods.quarot import QuaRot
 from microbat.models.base import Checkpoint, family_of
@@ -85,6 +86,27 @@ def test_modes_of_thinking(pangu, tiny):
     assert list(family_of("PanguEmbedded").thinking.modes) == ["no_think", "auto_think", "slow_think"]
     with pytest.raises(ValueError, match="unknown mode of thinking 'quick_think'"):
         measure.thinking(pangu, ("quick_think",))
+
+
+def test_a_suite_asks_in_each_of_its_modes(pangu, text_file, tmp_path):
+    (tmp_path / "humaneval").mkdir()
+    row = {"prompt": "def one():\n", "entry_point": "one", "test": "def check(f):\n    assert f() == 1"}
+    (tmp_path / "humaneval" / "HumanEval.jsonl").write_text(json.dumps(row))
+    suite = {
+        "model": str(pangu),
+        "calibration": {"source": str(text_file), "samples": 2, "length": 16},
+        "evaluation": {
+            "text": str(text_file), "window": 16, "windows": 2, "data": str(tmp_path), "tasks": ["humaneval"],
+            "modes": ["no_think", "slow_think"], "sampling": {"temperature": 0, "max_new_tokens": 2},
+        },
+        "schemes": ["W8A8:int8"],
+        "rows": [{"label": "RTN", "method": "rtn"}],
+    }  # fmt: skip
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    content = comparison.compare(tmp_path / "suite.yaml", out=tmp_path / "out")
+    assert set(content["tasks"]) == {"humaneval-no_think", "humaneval-slow_think"}
+    answers = sorted(file.stem for file in (tmp_path / "out").rglob("humaneval-*.jsonl"))
+    assert answers == ["humaneval-no_think"] * 2 + ["humaneval-slow_think"] * 2  # the float model's and the cell's
 
 
 def test_a_tokenizer_of_its_own_code_is_refused(pangu, tmp_path):

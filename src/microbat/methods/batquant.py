@@ -102,7 +102,9 @@ class BATQuant(Preparer):
         """A format whose scales span a row has blocks as long as the layer is wide, which not every transform can be."""
         block = self.g or scheme.block or width
         if self.transform == "hadamard" and block & (block - 1):
-            reason = f"blocks of {block} for {self.name}.transform=hadamard are no power of two; --set g={width & -width} is"
+            reason = (
+                f"blocks of {block} for {self.name}.transform=hadamard are no power of two; --set g={width & -width} is"
+            )
         elif self.transform in ("gpk", "naive_kron") and block % self.g1:
             reason = f"{self.name}.g1={self.g1} does not divide the transform block, which is {block}; --set g1=1 does"
         else:
