@@ -61,7 +61,8 @@ def thinking(model: str | Path, modes: Sequence[str]) -> Thinking | None:
     known = Checkpoint(resolve(model)).family.thinking if modes else None
     if known is None:
         return None
-    return dataclasses.replace(known, modes={mode: pick("mode of thinking", mode, known.modes) for mode in modes})
+    suffixes = dict(known.modes)
+    return dataclasses.replace(known, modes=tuple((mode, pick("mode of thinking", mode, suffixes)) for mode in modes))
 
 
 def evaluate_tasks(

@@ -81,7 +81,7 @@ def test_prompts_go_through_the_chat_template(parts):
 def test_thoughts_end_at_the_familys_token(parts):
     """Here a token of bytes: "(" opens thoughts and ")" closes them; decoding alone would drop tokens that are special."""
     model, tokenizer = parts
-    thinking = Thinking(modes={}, opening="(", closing=")")
+    thinking = Thinking(modes=(), opening="(", closing=")")
     generate = OnTheSpot(model=model, tokenizer=tokenizer, sampling=Sampling(), thinking=thinking)
     texts = {
         "(Why?)So.": "<think>(Why?</think>So.",

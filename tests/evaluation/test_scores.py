@@ -59,7 +59,7 @@ def test_answers_are_scored_by_name(tmp_path):
 def test_a_mode_of_thinking_is_a_benchmark_of_its_own(tmp_path):
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}))
-    thinking = Thinking(modes={"quick": " /quick", "slow": ""}, opening="[a]", closing="[b]")
+    thinking = Thinking(modes=(("quick", " /quick"), ("slow", "")), opening="[a]", closing="[b]")
     tasks = Tasks(names=("gsm8k",), data=tmp_path, thinking=thinking)
     assert tasks.protocol["modes"] == ["quick", "slow"]
     asked = []

@@ -48,7 +48,7 @@ def test_rotations_take_the_biases_along(pangu):
     original = Checkpoint(pangu)
     data = ModelData(
         checkpoint=original, tokens=TOKENS, scheme=Scheme.parse("W8A8:int8"), seed=1,
-        device=torch.device("cpu"), progress=print,
+        device=torch.device("cpu"), precision="float32", progress=print,
     )  # fmt: skip
     rotated = RotatedCheckpoint(original, QuaRot().rotation(data))
     name = "model.layers.0.self_attn.o_proj.bias"
@@ -82,8 +82,8 @@ def test_its_folder_is_a_llamas(pangu, text_file, tmp_path):
 def test_modes_of_thinking(pangu, tiny):
     assert measure.thinking(pangu, ()) is None
     assert measure.thinking(tiny("llama"), ("no_think",)) is None
-    assert measure.thinking(pangu, ("slow_think", "no_think")).modes == {"slow_think": "", "no_think": " /no_think"}
-    assert list(family_of("PanguEmbedded").thinking.modes) == ["no_think", "auto_think", "slow_think"]
+    assert measure.thinking(pangu, ("slow_think", "no_think")).modes == (("slow_think", ""), ("no_think", " /no_think"))
+    assert list(dict(family_of("PanguEmbedded").thinking.modes)) == ["no_think", "auto_think", "slow_think"]
     with pytest.raises(ValueError, match="unknown mode of thinking 'quick_think'"):
         measure.thinking(pangu, ("quick_think",))
 

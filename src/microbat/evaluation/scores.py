@@ -40,8 +40,7 @@ class Tasks:
         asked = [BENCHMARKS[name] for name in self.names if name in BENCHMARKS]
         found = [(benchmark, load_problems(benchmark, self.data, self.limit)) for benchmark in asked]
         if self.thinking is not None:
-            modes = self.thinking.modes.items()
-            found = [_told(*pair, mode, suffix) for pair in found for mode, suffix in modes]
+            found = [_told(*pair, mode, suffix) for pair in found for mode, suffix in self.thinking.modes]
         object.__setattr__(self, "problems", {benchmark.name: (benchmark, problems) for benchmark, problems in found})
 
     @property
@@ -49,7 +48,7 @@ class Tasks:
         """What decides the scores, as plain data."""
         drawn = {"samples": self.sampling.samples, **self.sampling.draws}
         what = {"tasks": list(self.names), "data": str(self.data or ""), "limit": self.limit}
-        what |= {"modes": list(self.thinking.modes)} if self.thinking else {}
+        what |= {"modes": [mode for mode, _ in self.thinking.modes]} if self.thinking else {}
         return what | ({"sampling": drawn} if self.problems else {})
 
     def scores(

@@ -47,7 +47,7 @@ class Thinking:
     """How a model is told whether to think aloud, and where it did: mode -> what is put behind a prompt, and the tokens that
     open and close its thoughts."""
 
-    modes: dict[str, str]
+    modes: tuple[tuple[str, str], ...]
     opening: str
     closing: str
 

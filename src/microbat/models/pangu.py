@@ -15,7 +15,7 @@ PANGU_EMBEDDED = Family(
     same_as="llama",
     renamed=(("bias", "attention_bias"),),
     thinking=Thinking(
-        modes={"no_think": " /no_think", "auto_think": " /auto_think", "slow_think": ""},
+        modes=(("no_think", " /no_think"), ("auto_think", " /auto_think"), ("slow_think", "")),
         opening="[unused16]",
         closing="[unused17]",
     ),
