@@ -1,8 +1,10 @@
-"""One token times a packed weight of 14336 x 4096 against torch's BF16 product and llama.cpp's MXFP4 (B9).
+"""One token times a packed weight of 14336 x 4096 against torch's BF16 and INT8 products and llama.cpp's MXFP4 (B9).
 
     python benchmarks/packed_product.py
+    python benchmarks/packed_product.py --tokens 256
 
-Each side turns through several weights, so that no cache holds them. llama.cpp runs where its wheel xllamacpp is installed.
+Each side turns through several weights, so that no cache holds them. Integers times integers: microbat quantizes the tokens and
+scales the sums as well, torch._int_mm gets codes and gives int32. llama.cpp runs where its wheel xllamacpp is installed.
 """
 
 import ctypes
@@ -21,6 +23,7 @@ from microbat.scheme import formats
 
 GGML_F32, GGML_BF16, GGML_MXFP4 = 0, 30, 39
 FORMATS = ("mxfp4", "nvfp4", "mxfp8_e4m3")
+INTEGERS = ("int8", "int4_row", "int4")  # of weights; tokens are int8
 COPIES = 4
 
 
@@ -36,6 +39,14 @@ def main(rows: int = 14336, width: int = 4096, tokens: int = 1, rounds: int = 20
         codes = AbsMax(format=formats()[name]).quantize(weight)
         layers = [PackedLinear(SiteInput(), codes, None, dtype=torch.float32) for _ in range(COPIES)]
         sides[f"microbat {name}"] = turning([lambda layer=layer: layer(x) for layer in layers])
+    per_token = AbsMax(format=formats()["int8"])
+    for name in INTEGERS:
+        codes = AbsMax(format=formats()[name]).quantize(weight)
+        layers = [PackedLinear(SiteInput(None, per_token), codes, None, dtype=torch.float32) for _ in range(COPIES)]
+        sides[f"microbat {name} x int8"] = turning([lambda layer=layer: layer(x) for layer in layers])
+    integers = [per_token.quantize(weight).codes.view(torch.int8) for _ in range(COPIES)]
+    int_x = per_token.quantize(x).codes.view(torch.int8)
+    sides["torch._int_mm"] = turning([lambda w=w: torch._int_mm(int_x, w.T) for w in integers])
     if importlib.util.find_spec("xllamacpp"):
         sides["llama.cpp BF16"] = turning([llama_cpp(weight, x, GGML_BF16, threads) for _ in range(COPIES)])
         sides["llama.cpp MXFP4"] = turning([llama_cpp(weight, x, GGML_MXFP4, threads) for _ in range(COPIES)])

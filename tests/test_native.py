@@ -12,6 +12,7 @@ from microbat.formats.scales import rules_for
 from microbat.quantizers import base
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
+from microbat.runtime import reference
 from microbat.scheme import formats
 from microbat.transforms.hadamard import BlockHadamard
 from microbat.transforms.kronecker import GPK, FullBlocks, NaiveKronecker
@@ -92,20 +93,73 @@ def test_maps(transform):
     assert (different > 0).float().mean() < 1e-3  # only next to a tie
 
 
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("activation", ["int8", "int4_row"])
+@pytest.mark.parametrize("name", ["int8", "int4_row"])
+@pytest.mark.parametrize(("tokens", "rows", "width"), [(1, 7, 64), (3, 42, 576), (39, 21, 291), (6, 5, 4160)])
+def test_sums_of_integers_bit_for_bit(name, activation, tokens, rows, width, portable):
+    """Extreme codes among them: 127 x 127 at every place is where int16 would saturate."""
+    x, w = torch.randn(tokens, width, generator=generator(5)), torch.randn(rows, width, generator=generator(6))
+    x[0], w[-1], w[0] = 3.0, -0.25, torch.linspace(-1, 1, width)
+    x[-1] *= 0 if tokens > 1 else 1
+    x, w = AbsMax(format=formats()[activation]).quantize(x), AbsMax(format=formats()[name]).quantize(w)
+    y = integers(x, w, portable)
+    assert torch.equal(y, reference.integer_product(x, w))
+    assert ((y - reference.product(x, w)).abs() <= reference.bound(x, w)).all()  # of values that are rounded to float32
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize(("tokens", "rows", "width"), [(1, 7, 64), (3, 42, 576), (39, 21, 291)])
+def test_sums_of_integers_in_groups(tokens, rows, width, portable):
+    x, w = torch.randn(tokens, width, generator=generator(5)), torch.randn(rows, width, generator=generator(6))
+    x, w = AbsMax(format=formats()["int8"]).quantize(x), AbsMax(format=formats()["int4"]).quantize(w)
+    error = (integers(x, w, portable) - reference.product(x, w)).abs()
+    assert (error <= reference.bound(x, w) * (2 * width // 32 + 2) / width).all()  # only sums over groups are rounded
+
+
+def integers(x, w, portable):
+    (x_codes, x_scales), (codes, scales) = (pack_parts(q) for q in (x, w))
+    assert native.multiplies(w.format, x.format, x.shape[-1])
+    return native.integer_product(
+        x_codes, x_scales, codes, scales,
+        width=x.shape[-1], activations=x.format, format=w.format, portable=portable,
+    )  # fmt: skip
+
+
+def pack_parts(q):
+    parts = pack(q)
+    return parts.get("weight_packed", parts.get("weight")).view(torch.uint8), parts["weight_scale"]
+
+
+def test_which_integers_are_multiplied():
+    known = formats()
+    assert native.multiplies(known["int8"], known["int8"], 4096)
+    assert not native.multiplies(known["int8"], known["int8"], 1 << 17)  # a sum may not fit int32
+    for weight, activation in (("int8", "int4"), ("mxint8", "int8"), ("int8", "mxint8"), ("hif8", "int8")):
+        assert not native.multiplies(known[weight], known[activation], 64)
+    mx = AbsMax(format=known["mxint8"]).quantize(torch.ones(2, 64))
+    with pytest.raises(ValueError, match="mxint8 is not integers with one scale a row"):
+        reference.integer_product(mx, mx)
+
+
 def test_threads_change_nothing():
     """Slices of rows by a pool of threads; a forked process gets a pool of its own."""
     code = (
         "import os, torch\n"
         "from microbat import native\n"
+        "from microbat.formats.integer import INT8_ROW\n"
         "from microbat.formats.microscaling import MXFP4\n"
         "x = torch.randn(3000, 512, generator=torch.Generator().manual_seed(0))\n"
         "def work(threads):\n"
         "    torch.set_num_threads(threads)\n"
         "    codes, scales = native.quantize(x, None, None, format=MXFP4, rule='even')\n"
         "    y = native.product(x[:3], codes, scales, 1.0, format=MXFP4)\n"
+        "    whole = native.quantize(x, None, None, format=INT8_ROW, rule='absmax')\n"
+        "    form = dict(width=512, activations=INT8_ROW, format=INT8_ROW)\n"
+        "    z = native.integer_product(whole[0][:3], whole[1][:3], *whole, **form)\n"
         "    out = torch.empty_like(x)\n"
         "    native.dequantize(codes, scales, 1.0, out, format=MXFP4)\n"
-        "    return [tensor.numpy().tobytes() for tensor in (codes, scales, y, out)]\n"  # torch's threads hang in a fork
+        "    return [tensor.numpy().tobytes() for tensor in (codes, scales, y, z, out)]\n"  # torch's threads hang in a fork
         "one = work(1)\n"
         "def same(): return all(work(3) == one for _ in range(20))\n"
         "assert same()\n"

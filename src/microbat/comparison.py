@@ -84,7 +84,10 @@ def _check(suite: Suite, place: Path) -> Tasks:
     if evaluation.text:
         measure.text_windows(suite.model, evaluation.text, evaluation.window, evaluation.windows)
     data = Path(evaluation.data) if evaluation.data else None
-    return Tasks(names=evaluation.tasks, data=data, limit=evaluation.limit, sampling=evaluation.sampling)
+    thinking = measure.thinking(suite.model, evaluation.modes)
+    return Tasks(
+        names=evaluation.tasks, data=data, limit=evaluation.limit, sampling=evaluation.sampling, thinking=thinking
+    )
 
 
 def _folder(place: Path, cell: Cell) -> Path:

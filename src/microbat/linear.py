@@ -67,7 +67,9 @@ class SiteInput(nn.Module):
         """The activation in its own bits, on devices that have the kernel; None where it stays in floats, or the kernel does not
         know its format."""
         inner = self.quantizer.inner if isinstance(self.quantizer, (Clip, Residual)) else self.quantizer
-        known = isinstance(inner, AbsMax) and kernels.knows(inner.format, inner.rule)
+        known = isinstance(inner, AbsMax) and (native if native.available(x) else kernels).knows(
+            inner.format, inner.rule
+        )
         return None if not known else self._once(x, packed=True)  # type: ignore[return-value]
 
     def _once(self, x: Tensor, *, packed: bool) -> Tensor | Packed | None:
@@ -92,6 +94,8 @@ class SiteInput(nn.Module):
         return x if self.quantizer is None else self.quantizer.fake(x)
 
     def _pack(self, x: Tensor) -> Packed:
+        if native.available(x) and isinstance(self.quantizer, AbsMax | Clip):
+            return self._pack_natively(x)
         blocks = self._blocks_on(x.device) if self._one_pass().triton else None
         x = x if blocks is not None else self._transformed(x)
         if isinstance(self.quantizer, Residual):
@@ -99,6 +103,14 @@ class SiteInput(nn.Module):
         if isinstance(self.quantizer, Clip) and self.quantizer.whole:
             return self.quantizer.inner.pack(self.quantizer.clip(x))
         return _rounding(self.quantizer).pack(x, self._ratios(), blocks)
+
+    def _pack_natively(self, x: Tensor) -> Packed:
+        if self._one_pass().native:
+            return _rounding(self.quantizer).native_pack(x, self._ratios(), self._native_map())
+        x = self._transformed(x).contiguous()
+        if isinstance(self.quantizer, Clip) and self.quantizer.whole:
+            return self.quantizer.inner.native_pack(self.quantizer.clip(x), None, None)
+        return _rounding(self.quantizer).native_pack(x, self._ratios(), None)
 
     def _transformed(self, x: Tensor) -> Tensor:
         if self.transform is None:
@@ -113,11 +125,14 @@ class SiteInput(nn.Module):
         return self._decided[1]
 
     def _by_native(self, x: Tensor) -> Tensor:
+        out = torch.empty(x.shape, dtype=torch.float32)
+        _rounding(self.quantizer).native_fake(x, self._ratios(), out, self._native_map())
+        return out
+
+    def _native_map(self) -> native.Map | None:
         if self._map is None and self.transform is not None:
             self._map = native.Map(*self.transform.factors())
-        out = torch.empty(x.shape, dtype=torch.float32)
-        _rounding(self.quantizer).native_fake(x, self._ratios(), out, self._map)
-        return out
+        return self._map
 
     def _ratios(self) -> Tensor | None:
         return self.quantizer.ratios if isinstance(self.quantizer, Clip) else None

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from microbat.evaluation.text import load_text
 from microbat.evaluation.windows import Windows, tokenize
 from microbat.evaluation.windows import windows as cut_windows
 from microbat.export import folder as folders
-from microbat.models.base import Checkpoint, resolve
+from microbat.models.base import Checkpoint, Thinking, resolve
 from microbat.pipeline import load, pick_device, processor_of, tokenizer_of
+from microbat.registry import pick
 from microbat.runtime.cache import new_cache
 
 HELD_TOGETHER = 8 << 30  # bytes; models that fit are held together, so that they share the reference's passes
@@ -53,6 +54,15 @@ def text_windows(model: str | Path, text: str, window: int, windows: int) -> tup
     """The text's full name, and its first ``windows`` windows in the tokens of ``model``."""
     named = load_text(text)
     return named.name, cut_windows(tokenize(named.text, tokenizer_of(model)), window=window, limit=windows)
+
+
+def thinking(model: str | Path, modes: Sequence[str]) -> Thinking | None:
+    """How ``model`` is told to think in each of ``modes``; None without modes and for a family that has none."""
+    known = Checkpoint(resolve(model)).family.thinking if modes else None
+    if known is None:
+        return None
+    suffixes = dict(known.modes)
+    return dataclasses.replace(known, modes=tuple((mode, pick("mode of thinking", mode, suffixes)) for mode in modes))
 
 
 def evaluate_tasks(

@@ -43,7 +43,7 @@
 namespace {
 
 enum ScaleKind : int32_t { E8M0 = 0, E4M3 = 1, BF16 = 2, FP32 = 3, NONE = 4 };
-enum Rule : int32_t { FLOOR = 0, EVEN = 1, RCEIL = 2, CEIL = 3, ABSMAX = 4 };
+enum Rule : int32_t { FLOOR = 0, EVEN = 1, RCEIL = 2, CEIL = 3, ABSMAX = 4, FULL_RANGE = 5 };
 
 constexpr uint32_t EXPONENT = 0x7F800000, MAGNITUDE = 0x7FFFFFFF;
 constexpr float MIN_FLOAT_SCALE = 0x1p-9f;  // the smallest E4M3 subnormal
@@ -182,7 +182,7 @@ struct Rounding {
 INLINE float block_scale(uint32_t amax_bits, float outer, const Format& f) {
     float amax = float_of(amax_bits);
     if (f.scale != E8M0) {
-        float wanted = (f.scale == E4M3 ? amax / outer : amax) / f.max;
+        float wanted = (f.scale == E4M3 ? amax / outer : amax) / (f.rule == FULL_RANGE ? f.max + 0.5f : f.max);
         if (f.scale == FP32) return wanted;
         if (f.scale == BF16) {
             Bfloat16 rounded;
@@ -823,6 +823,274 @@ Product product_for(const Format& f) {
 
 constexpr int64_t TASK_CODES = 1 << 18;  // weights a task takes; less is not worth waking a thread
 
+// ---- integers times integers: sums of int32, exact; floats come at the end -----------------------------------------
+
+// Activations as integers, one scale a token; weights of 8 or 4 bits with one scale a row, or of 4 bits with a BF16 scale for
+// every 32. out = float(sum) * token's scale * row's scale, in this order; with groups the sums are float(group's sum) * scale,
+// each product exact, in 16 lanes. The caller sees to it that a row's sum fits int32.
+
+struct Integers {
+    const uint8_t* codes;
+    const float* scales;
+    int64_t tokens, width;
+    int32_t bits;
+};
+
+struct Weight {
+    const uint8_t* codes;
+    const uint8_t* scales;
+    int64_t num_rows;
+    const Format* format;
+};
+
+INLINE int8_t integer_of(uint8_t code, int bits) { return int8_t(uint8_t(code << (8 - bits))) >> (8 - bits); }
+
+VECTORIZED void widen(const uint8_t* codes, int64_t width, int bits, int16_t* out) {
+    uint8_t buffer[64];
+    for (int64_t at = 0; at < width; at += 64) {
+        const int64_t n = std::min<int64_t>(64, width - at);
+        unpack_codes(codes + packed_bytes(at, bits), n, bits, buffer);
+        for (int64_t i = 0; i < n; ++i) out[at + i] = integer_of(buffer[i], bits);
+    }
+}
+
+// Portable: products of int16 added in pairs, an instruction of AVX2 that compilers find.
+VECTORIZED void integers_portable(const int16_t* x, const Integers& in, const Weight& w, int64_t first, int64_t end,
+                                  float* out) {
+    const int64_t width = in.width, block = w.format->block ? w.format->block : width;
+    const int64_t groups = (width + block - 1) / block;
+    thread_local std::vector<int16_t> buffer;
+    buffer.resize(size_t(width));
+    int16_t* row = buffer.data();
+    for (int64_t n = first; n < end; ++n) {
+        widen(w.codes + n * packed_bytes(width, w.format->bits), width, w.format->bits, row);
+        const uint8_t* scales = w.scales + n * groups * scale_bytes(w.format->scale);
+        for (int64_t t = 0; t < in.tokens; ++t) {
+            const int16_t* from = x + t * width;
+            float total = 0;
+            for (int64_t g = 0; g < groups; ++g) {
+                const int64_t last = std::min(width, (g + 1) * block);
+                int32_t sum = 0;
+                for (int64_t k = g * block; k < last; ++k) sum += int32_t(from[k]) * row[k];
+                if (!w.format->block)
+                    total = float(sum) * in.scales[t] * load_scale(scales, 0, FP32);
+                else
+                    total += float(sum) * load_scale(scales, g, w.format->scale);
+            }
+            out[t * w.num_rows + n] = w.format->block ? total * in.scales[t] : total;
+        }
+    }
+}
+
+#ifdef AVX512
+
+// VNNI adds four products of an unsigned and a signed byte to each int32: the weight's integers are moved up by 128 or 8 to be
+// unsigned, and what that adds, as many times the token's sum, is taken away at the end (with groups: at their start).
+//
+// A chunk is 64 bytes of codes; x lies in the order in which a chunk's codes come out of it.
+
+constexpr int64_t TOKENS_AT_ONCE = 32;  // that stay in the second cache while rows go by
+
+struct alignas(64) Line { int8_t values[64]; };  // a load across two lines of a cache takes twice as long
+
+struct Arranged {  // [token][chunk][vector][64]
+    std::vector<Line> lines;
+    std::vector<int32_t> sums, offsets;  // of a token; of a lane of each chunk, [token][chunk][16], times -8
+    int64_t size = 0, chunks = 0;
+    const int8_t* token(int64_t t) const { return lines.data()->values + t * size; }
+};
+
+VECTORIZED void arrange_token(const uint8_t* codes, int64_t width, int bits, bool pairs, int8_t* to, int32_t& sum,
+                              int32_t* offsets) {
+    const int64_t chunk = pairs ? 128 : 64;
+    uint8_t buffer[128];
+    int8_t values[128];
+    for (int64_t at = 0; at < width; at += chunk, to += chunk) {
+        const int64_t n = std::min(chunk, width - at);
+        std::memset(buffer, 0, sizeof buffer);
+        unpack_codes(codes + packed_bytes(at, bits), n, bits, buffer);
+        for (int i = 0; i < 128; ++i) values[i] = integer_of(buffer[i], bits);
+        int32_t total = 0;
+        for (int i = 0; i < 128; ++i) total += values[i];
+        sum += total;
+        if (!pairs) {
+            std::memcpy(to, values, 64);
+            continue;
+        }
+        for (int i = 0; i < 64; ++i) to[i] = values[2 * i], to[64 + i] = values[2 * i + 1];
+        for (int lane = 0; offsets && lane < 16; ++lane, ++offsets)
+            for (int i = 0; i < 8; ++i) *offsets -= 8 * values[8 * lane + i];
+    }
+}
+
+Arranged arrange(const Integers& in, const Format& f) {
+    Arranged x;
+    const bool pairs = f.bits == 4;
+    const int64_t chunk = pairs ? 128 : 64;
+    x.chunks = (in.width + chunk - 1) / chunk, x.size = x.chunks * chunk;
+    x.lines.resize(size_t(in.tokens * x.size / 64)), x.sums.resize(size_t(in.tokens));
+    if (f.block) x.offsets.resize(size_t(in.tokens * x.chunks * 16));
+    for (int64_t t = 0; t < in.tokens; ++t)
+        arrange_token(in.codes + t * packed_bytes(in.width, in.bits), in.width, in.bits, pairs,
+                      x.lines.data()->values + t * x.size, x.sums[size_t(t)],
+                      f.block ? x.offsets.data() + t * x.chunks * 16 : nullptr);
+    return x;
+}
+
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+
+// The chunk's integers moved up, as many vectors as bytes hold.
+template <int BITS>
+VNNI INLINE void unsigned_integers(__m512i bytes, __m512i out[2]) {
+    if (BITS == 8) {
+        out[0] = _mm512_xor_si512(bytes, _mm512_set1_epi8(char(0x80)));
+    } else {
+        const __m512i low = _mm512_set1_epi8(15), moved = _mm512_set1_epi8(8);
+        out[0] = _mm512_xor_si512(_mm512_and_si512(bytes, low), moved);
+        out[1] = _mm512_xor_si512(_mm512_and_si512(_mm512_srli_epi16(bytes, 4), low), moved);
+    }
+}
+
+template <int BITS>
+VNNI INLINE __m512i add_products(__m512i sum, const __m512i w[2], const int8_t* x) {
+    sum = _mm512_dpbusd_epi32(sum, w[0], _mm512_loadu_si512(x));
+    return BITS == 8 ? sum : _mm512_dpbusd_epi32(sum, w[1], _mm512_loadu_si512(x + 64));
+}
+
+// The sums over the lanes of four vectors.
+VNNI INLINE __m128i sums_of_lanes(const __m512i v[4]) {
+    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+    const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+// int32 sums of T tokens and R rows, one scale a row.
+template <int BITS, int T, int R>
+VNNI void tile_of_rows(const Arranged& x, const Integers& in, const Weight& w, int64_t t, int64_t n, float* out) {
+    constexpr int CHUNK = 512 / BITS;
+    constexpr uint32_t MOVED = BITS == 8 ? 128 : 8;
+    const int64_t row_bytes = packed_bytes(in.width, BITS);
+    const uint8_t* codes = w.codes + n * row_bytes;
+    const int8_t* from = x.token(t);
+    __m512i sums[T][R];
+#pragma GCC unroll 4
+    for (int i = 0; i < T; ++i)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sums[i][r] = _mm512_setzero_si512();
+    for (int64_t c = 0; c < x.chunks; ++c) {
+        const int64_t left = row_bytes - c * 64;
+        const __mmask64 mask = left >= 64 ? ~0ull : ~0ull >> (64 - left);
+        __m512i values[R][2];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+            unsigned_integers<BITS>(_mm512_maskz_loadu_epi8(mask, codes + r * row_bytes + c * 64), values[r]);
+        if (R == 1) _mm_prefetch(reinterpret_cast<const char*>(codes + c * 64 + PREFETCH), _MM_HINT_T0);
+#pragma GCC unroll 4
+        for (int i = 0; i < T; ++i)
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r)
+                sums[i][r] = add_products<BITS>(sums[i][r], values[r], from + i * x.size + c * CHUNK);
+    }
+    if constexpr (R == 4) {
+#pragma GCC unroll 4
+        for (int i = 0; i < T; ++i) {
+            const __m128i moved = _mm_set1_epi32(int32_t(MOVED * uint32_t(x.sums[size_t(t + i)])));
+            const __m128 four = _mm_cvtepi32_ps(_mm_sub_epi32(sums_of_lanes(sums[i]), moved));
+            const __m128 scales = _mm_castsi128_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.scales + 4 * n)));
+            _mm_storeu_ps(out + (t + i) * w.num_rows + n, _mm_mul_ps(_mm_mul_ps(four, _mm_set1_ps(in.scales[t + i])), scales));
+        }
+        return;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < T; ++i)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const uint32_t moved = MOVED * uint32_t(x.sums[size_t(t + i)]);  // what overflowed on the way comes back
+            const int32_t sum = int32_t(uint32_t(_mm512_reduce_add_epi32(sums[i][r])) - moved);
+            out[(t + i) * w.num_rows + n + r] = float(sum) * in.scales[t + i] * load_scale(w.scales, n + r, FP32);
+        }
+}
+
+// Float sums of T tokens and R rows of 4 bits, whose every 32 numbers, 4 lanes, have a BF16 scale.
+template <int BITS, int T, int R>
+VNNI void tile_of_groups(const Arranged& x, const Integers& in, const Weight& w, int64_t t, int64_t n, float* out) {
+    static_assert(BITS == 4);
+    const int64_t row_bytes = packed_bytes(in.width, BITS), groups = (in.width + 31) / 32;
+    const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    const int8_t* from = x.token(t);
+    const int32_t* offsets = x.offsets.data() + t * x.chunks * 16;
+    __m512 sums[T][R];
+#pragma GCC unroll 4
+    for (int i = 0; i < T; ++i)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sums[i][r] = _mm512_setzero_ps();
+    for (int64_t c = 0; c < x.chunks; ++c) {
+        const int64_t left = row_bytes - c * 64, scales_left = std::min<int64_t>(4, groups - c * 4);
+        const __mmask64 mask = left >= 64 ? ~0ull : ~0ull >> (64 - left);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            __m512i values[2];
+            unsigned_integers<BITS>(_mm512_maskz_loadu_epi8(mask, w.codes + (n + r) * row_bytes + c * 64), values);
+            const __m128i stored = _mm_maskz_loadu_epi16(__mmask8((1 << scales_left) - 1),
+                                                         w.scales + ((n + r) * groups + c * 4) * 2);
+            const __m128i four = _mm_slli_epi32(_mm_cvtepu16_epi32(stored), 16);
+            const __m512 scale =
+                _mm512_castsi512_ps(_mm512_permutexvar_epi32(lanes, _mm512_castsi128_si512(four)));
+#pragma GCC unroll 4
+            for (int i = 0; i < T; ++i) {
+                __m512i sum = _mm512_loadu_si512(offsets + (i * x.chunks + c) * 16);
+                sum = add_products<BITS>(sum, values, from + i * x.size + c * 128);
+                sums[i][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[i][r]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < T; ++i)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+            out[(t + i) * w.num_rows + n + r] = _mm512_reduce_add_ps(sums[i][r]) * in.scales[t + i];
+}
+
+template <int BITS, bool GROUPS, int T, int R>
+VNNI INLINE void tile(const Arranged& x, const Integers& in, const Weight& w, int64_t t, int64_t n, float* out) {
+    if constexpr (GROUPS)
+        tile_of_groups<BITS, T, R>(x, in, w, t, n, out);
+    else
+        tile_of_rows<BITS, T, R>(x, in, w, t, n, out);
+}
+
+// Four tokens and four rows at a time: 16 sums, which stay in registers where loops are unrolled early, for 8 loads. Few tokens: row after row, one stream of memory.
+template <int BITS, bool GROUPS>
+VNNI void integers_vnni(const Arranged& x, const Integers& in, const Weight& w, int64_t first, int64_t end, float* out) {
+    for (int64_t from = 0; from < in.tokens; from += TOKENS_AT_ONCE) {
+        const int64_t to = std::min(in.tokens, from + TOKENS_AT_ONCE), rows = to - from < 4 ? first : end - (end - first) % 4;
+        for (int64_t n = first; n < rows; n += 4) {
+            int64_t t = from;
+            for (; t + 4 <= to; t += 4) tile<BITS, GROUPS, 4, 4>(x, in, w, t, n, out);
+            for (; t < to; ++t) tile<BITS, GROUPS, 1, 4>(x, in, w, t, n, out);
+        }
+        for (int64_t n = rows; n < end; ++n) {
+            int64_t t = from;
+            for (; t + 2 <= to; t += 2) tile<BITS, GROUPS, 2, 1>(x, in, w, t, n, out);
+            for (; t < to; ++t) tile<BITS, GROUPS, 1, 1>(x, in, w, t, n, out);
+        }
+    }
+}
+
+using IntegerProduct = void (*)(const Arranged&, const Integers&, const Weight&, int64_t, int64_t, float*);
+
+// The kernel for a weight's format on this processor; null where the portable one does the work.
+IntegerProduct integer_product_for(const Format& f) {
+    static const bool capable = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+                                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (!capable) return nullptr;
+    return f.block ? integers_vnni<4, true> : f.bits == 4 ? integers_vnni<4, false> : integers_vnni<8, false>;
+}
+
+#endif
+
 }  // namespace
 
 extern "C" {
@@ -879,6 +1147,30 @@ void microbat_product(const float* x, int64_t tokens, int64_t width, const uint8
         product_portable(x, tokens, width, codes, scales, i * slice, std::min(num_rows, (i + 1) * slice), num_rows,
                          outer, f, out);
     });
+}
+
+// out [tokens, num_rows]: integers [tokens, width], one float32 scale a token, times those of a packed weight, transposed.
+// `portable`: as on processors without VNNI.
+void microbat_integer_product(const uint8_t* x, const float* x_scales, int64_t tokens, int64_t width,
+                              const Format* x_format, const uint8_t* codes, const uint8_t* scales, int64_t num_rows,
+                              const Format* format, int portable, float* out, int threads) {
+    const Integers in{x, x_scales, tokens, width, x_format->bits};
+    const Weight w{codes, scales, num_rows, format};
+    const int64_t slice = (std::max<int64_t>(1, TASK_CODES / width) + 3) / 4 * 4;
+    const int64_t tasks = (num_rows + slice - 1) / slice;
+    const auto share = [&](auto product, const auto& prepared) {
+        pool->run(threads, tasks, [&](int64_t i) {
+            product(prepared, in, w, i * slice, std::min(num_rows, (i + 1) * slice), out);
+        });
+    };
+#ifdef AVX512
+    if (const IntegerProduct product = portable ? nullptr : integer_product_for(*format))
+        return share(product, arrange(in, *format));
+#endif
+    std::vector<int16_t> wide(size_t(tokens * width));
+    for (int64_t t = 0; t < tokens; ++t)
+        widen(x + t * packed_bytes(width, in.bits), width, in.bits, wide.data() + t * width);
+    share(integers_portable, wide.data());
 }
 
 // Whether the product of a format has a kernel of its own on this processor.

@@ -3,7 +3,8 @@
 They quantize (transform, clip, scale, round, pack, in one pass), dequantize, and multiply a few rows with a packed
 weight. Quantizing and dequantizing give the bits of :mod:`microbat.quantizers.kernel` and of ``QTensor.dequantize``.
 The product's operands are exact, its sums float32: with u = 2^-24, each output is within K u sum |x_k w_k| of the exact
-one. AVX2, AVX-512 and its BF16 instructions are chosen by the processor at run time.
+one. Where both factors are integers with a scale a row, sums are int32 and exact (``runtime.reference.integer_product``).
+AVX2, AVX-512, its BF16 instructions and VNNI are chosen by the processor at run time.
 """
 
 # Shapes: T rows (tokens), K last axis, N rows of a weight, G blocks along K.
@@ -21,7 +22,7 @@ from microbat.formats.element import BF16, E4M3, E8M0, FP32
 from microbat.formats.packing import SCALE_DTYPES
 
 SCALES = {E8M0: 0, E4M3: 1, BF16: 2, FP32: 3}
-RULES = {"floor": 0, "even": 1, "rceil": 2, "ceil": 3, "absmax": 4}
+RULES = {"floor": 0, "even": 1, "rceil": 2, "ceil": 3, "absmax": 4, "full_range": 5}
 FLOATS = (torch.float32, torch.bfloat16)
 LARGEST_MAP = 1024  # numbers in a block of a map
 
@@ -65,8 +66,16 @@ def shared_object() -> ctypes.CDLL | None:
     ]
     lib.microbat_dequantize.argtypes = [pointer, pointer, long, long, real, form, pointer, integer, integer]
     lib.microbat_product.argtypes = [pointer, long, long, pointer, pointer, long, real, form, pointer, integer]
+    lib.microbat_integer_product.argtypes = [
+        *(pointer, pointer, long, long, form, pointer, pointer, long, form, integer, pointer, integer),
+    ]
     lib.microbat_has_product.argtypes = [form]
-    for function in (lib.microbat_quantize, lib.microbat_dequantize, lib.microbat_product):
+    for function in (
+        lib.microbat_quantize,
+        lib.microbat_dequantize,
+        lib.microbat_product,
+        lib.microbat_integer_product,
+    ):
         function.restype = None
     return lib
 
@@ -88,6 +97,24 @@ def has_product(format: BlockFormat) -> bool:
     """Whether :func:`product` has instructions for the format on this processor; the portable one decodes row by row."""
     lib = shared_object()
     return lib is not None and knows(format) and bool(lib.microbat_has_product(byref(_format(format, ""))))
+
+
+@functools.cache
+def multiplies(format: BlockFormat, activations: BlockFormat, width: int) -> bool:
+    """Whether :func:`integer_product` takes these two: integers, the activation's with a scale a token, the weight's with a
+    scale a row or, of 4 bits, a BF16 one for every 32; sums of ``width`` products that fit int32."""
+    if shared_object() is None or not all(_is_integer(f) for f in (format, activations)):
+        return False
+    per_row = format.block is None and format.scale_element == FP32
+    grouped = format.block == 32 and format.scale_element == BF16 and format.element.bits == 4
+    per_token = activations.block is None and activations.scale_element == FP32
+    fits = width * 2 ** (format.element.bits + activations.element.bits - 2) < 2**31
+    return per_token and (per_row or grouped) and fits
+
+
+def _is_integer(format: BlockFormat) -> bool:
+    element = format.element
+    return format.is_plain and element.is_fixed_point and element.bias == 0 and element.bits in (4, 8)
 
 
 class Map:
@@ -121,14 +148,15 @@ def fake_quantize(
 
 
 def quantize(
-    x: Tensor, ratios: Tensor | None, outer: Tensor | None, *, format: BlockFormat, rule: str
+    x: Tensor, ratios: Tensor | None, outer: Tensor | None, *, format: BlockFormat, rule: str, map: Map | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Packed codes uint8 [T, bytes] and scales [T, G] in their stored type, as ``formats.packing.pack`` lays them out."""
+    """Packed codes uint8 [T, bytes] and scales [T, G] in their stored type, as ``formats.packing.pack`` lays them out, of
+    ``x`` [T, K] after map and clip; ``ratios`` as :func:`fake_quantize` takes them."""
     width = x.shape[-1]
     codes = torch.empty(x.shape[0], packed_bytes(width, format), dtype=torch.uint8)
     groups = -(-width // format.block_of(width))
     scales = torch.empty(x.shape[0], groups, dtype=SCALE_DTYPES[format.scale_element])
-    _quantize(x, ratios, outer, format, rule, None, None, codes, scales)
+    _quantize(x, ratios, outer, format, rule, map, None, codes, scales)
     return codes, scales
 
 
@@ -151,6 +179,30 @@ def product(x: Tensor, codes: Tensor, scales: Tensor, outer: float, *, format: B
     shared_object().microbat_product(  # type: ignore[union-attr]
         x.data_ptr(), *x.shape, codes.data_ptr(), scales.data_ptr(), codes.shape[0], outer,
         byref(_format(format, "")), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def integer_product(
+    x: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    *,
+    width: int,
+    activations: BlockFormat,
+    format: BlockFormat,
+    portable: bool = False,
+) -> Tensor:
+    """float32 [T, N]: packed integers ``x`` [T, bytes] with scales [T, 1] times a packed weight of N rows, transposed.
+
+    The sums over ``width`` products are int32; see :func:`multiplies` for what goes. ``portable``: as where there is no VNNI.
+    """
+    out = torch.empty(x.shape[0], codes.shape[0])
+    shared_object().microbat_integer_product(  # type: ignore[union-attr]
+        x.data_ptr(), x_scales.data_ptr(), x.shape[0], width, byref(_format(activations, "")),
+        codes.data_ptr(), scales.data_ptr(), codes.shape[0], byref(_format(format, "")), portable,
+        out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -224,8 +224,7 @@ def load(
     path = resolve(folder)
     if folders.is_microbat_folder(path):
         return load_folder(path, dtype=dtype, device=device, backend=backend)
-    checkpoint = Checkpoint(path)  # a damaged checkpoint shows here, with its name
-    return checkpoint.auto.from_pretrained(path, dtype=dtype).to(device).eval()
+    return Checkpoint(path).pretrained(dtype).to(device).eval()  # a damaged checkpoint shows here, with its name
 
 
 def generate(
@@ -249,10 +248,18 @@ def generate(
 
 
 def tokenizer_of(model: str | Path) -> Any:
-    """The tokenizer of a folder or a model on the hub."""
+    """The tokenizer of a folder or a model on the hub; ValueError for one that is code of the hub's."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(resolve(model))
+    path = resolve(model)
+    settings = path / "tokenizer_config.json"
+    own = json.loads(settings.read_text()).get("auto_map", {}).get("AutoTokenizer") if settings.is_file() else None
+    if own is not None:
+        raise ValueError(
+            f"the tokenizer of {path} is code of its own ({own}), which is not run; put a tokenizer.json beside it and take "
+            "auto_map and tokenizer_class out of tokenizer_config.json"
+        )
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def processor_of(model: str | Path) -> Processor:
@@ -346,9 +353,7 @@ def _calibration(recipe: Recipe, checkpoint: Checkpoint, file: Path, device: tor
                     checkpoint, count, length, recipe.seed, device, lambda share: progress(0, share, 0.0)
                 )
         else:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+            tokenizer = tokenizer_of(checkpoint.path)
             made = calibration_data.from_text(recipe.calibration, tokenizer, count, length, generator)
         save_file(made.tensors(), file.with_suffix(".tmp"), {"skipped": json.dumps(made.skipped)})
         os.replace(file.with_suffix(".tmp"), file)

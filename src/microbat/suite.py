@@ -6,6 +6,7 @@ A suite is a YAML file:
     model: folder or hub name
     calibration: {source: self, samples: 64, length: 512}
     evaluation: {text: wikitext-2-raw, window: 1024, windows: 16, tasks: [piqa, gsm8k], sampling: {max_new_tokens: 4096}}
+                                        # and modes: [no_think, slow_think], of families that have such modes
     schemes: [W4A4KV16, W4A8KV16]
     seeds: [0, 1]                                             # for what trains or starts at random
     rows:
@@ -51,7 +52,8 @@ class CalibrationText:
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What every cell is measured on: windows of a text (empty: none), and benchmarks (see
-    :class:`microbat.evaluation.scores.Tasks`)."""
+    :class:`microbat.evaluation.scores.Tasks`), those in the model's own words once in each of its ``modes`` of thinking; models
+    that have none are asked once."""
 
     text: str = "python-docs"
     window: int = 1024
@@ -59,6 +61,7 @@ class Evaluation:
     tasks: tuple[str, ...] = ()
     data: str = ""
     limit: int | None = None
+    modes: tuple[str, ...] = ()
     sampling: Sampling = Sampling()
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from microbat.evaluation.generation import Answer, OnTheSpot, Request, Sampling, SeededDraw, Served
+from microbat.models.base import Thinking
 
 REQUESTS = [Request(prompt=prompt, seed=seed) for seed in (3, 4) for prompt in ("Say it.", "And what of this, then?")]
 TEMPLATE = (
@@ -75,6 +76,22 @@ def test_prompts_go_through_the_chat_template(parts):
     finally:
         tokenizer.chat_template = None
     assert tokenizer.decode(generate._inputs(hi)["input_ids"][0]) == "Hi"
+
+
+def test_thoughts_end_at_the_familys_token(parts):
+    """Here a token of bytes: "(" opens thoughts and ")" closes them; decoding alone would drop tokens that are special."""
+    model, tokenizer = parts
+    thinking = Thinking(modes=(), opening="(", closing=")")
+    generate = OnTheSpot(model=model, tokenizer=tokenizer, sampling=Sampling(), thinking=thinking)
+    texts = {
+        "(Why?)So.": "<think>(Why?</think>So.",
+        "a)b)So.": "<think>a)b</think>So.",
+        "(Why": "<think>(Why",
+        "So.": "So.",
+    }
+    for text, expected in texts.items():
+        assert generate._text(tokenizer(text).input_ids) == expected
+    assert OnTheSpot(model=model, tokenizer=tokenizer, sampling=Sampling())._text(tokenizer("(a)b").input_ids) == "(a)b"
 
 
 def test_settings_of_the_models_own_are_not_mixed_in(parts):

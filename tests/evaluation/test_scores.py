@@ -6,6 +6,7 @@ import pytest
 
 from microbat.evaluation.generation import Answer, Sampling
 from microbat.evaluation.scores import Tasks, by_likelihood, recovered
+from microbat.models.base import Thinking
 
 
 def score(value, stderr=0.1):
@@ -53,3 +54,23 @@ def test_answers_are_scored_by_name(tmp_path):
     scores = Tasks(names=("gsm8k",), data=tmp_path).answered(two, "me", tmp_path / "answers")
     assert scores["gsm8k"].items() >= {"score": pytest.approx(1 / 3), "stderr": pytest.approx(1 / 3), "n": 3}.items()
     assert len((tmp_path / "answers" / "gsm8k.jsonl").read_text().splitlines()) == 1 + 3
+
+
+def test_a_mode_of_thinking_is_a_benchmark_of_its_own(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}))
+    thinking = Thinking(modes=(("quick", " /quick"), ("slow", "")), opening="[a]", closing="[b]")
+    tasks = Tasks(names=("gsm8k",), data=tmp_path, thinking=thinking)
+    assert tasks.protocol["modes"] == ["quick", "slow"]
+    asked = []
+
+    def only_when_slow(requests):
+        asked.extend(request.prompt for request in requests)
+        return (
+            (r, Answer(text="" if r.prompt.endswith("/quick") else "\\boxed{2}", truncated=False)) for r in requests
+        )
+
+    scores = tasks.answered(only_when_slow, "me", tmp_path / "answers")
+    assert {name: score["score"] for name, score in scores.items()} == {"gsm8k-quick": 0, "gsm8k-slow": 1}
+    assert asked[0] == asked[1] + " /quick"
+    assert {file.name for file in (tmp_path / "answers").iterdir()} == {"gsm8k-quick.jsonl", "gsm8k-slow.jsonl"}

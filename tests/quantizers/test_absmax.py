@@ -7,7 +7,7 @@ import torch
 
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.formats.hifloat import HIF4, HIF8
-from microbat.formats.integer import INT4_GROUP, INT8_ROW
+from microbat.formats.integer import INT4_GROUP, INT4_ROW, INT8_ROW
 from microbat.formats.microscaling import (
     MXFP4,
     MXFP6_E2M3,
@@ -68,6 +68,20 @@ def test_g3_g4_scale_of_every_rule(format, amax, expected):
     rules = ("floor", "even", "rceil", "ceil")
     got = tuple(AbsMax(format=format, rule=rule).scales(x).block.item() for rule in rules)
     assert got == expected
+
+
+@pytest.mark.parametrize(("format", "bits"), [(INT8_ROW, 8), (INT4_ROW, 4)])
+def test_full_range_is_the_formula_of_openpangu(format, bits):
+    """s = 2 max|X| / (2^n - 1), clamp(round(X / s)); but -2^(n-1), as far from -max|X| as its neighbour, stays unused."""
+    x = torch.randn(5, 192, generator=torch.Generator().manual_seed(0)).double()
+    scale = 2 * x.abs().amax(-1, keepdim=True) / (2**bits - 1)
+    codes = torch.clamp(torch.round(x / scale), 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
+    q = AbsMax(format=format, rule="full_range").quantize(x.float())
+    torch.testing.assert_close(q.scales.double(), scale, rtol=1e-7, atol=0)
+    assert ((format.element.decode(q.codes) - codes).abs() > 0).sum() <= 1  # next to a tie
+    plain = AbsMax(format=format).quantize(x.float())
+    errors = [(t.dequantize() - x).square().sum() for t in (q, plain)]
+    assert errors[0] < errors[1] or bits == 8  # where a step is a 255th wider, chance decides
 
 
 def test_g5_to_g7_other_elements():

@@ -9,9 +9,11 @@ from torch import nn
 from microbat import kernels, native
 from microbat.linear import SiteInput
 from microbat.quantizers.base import AbsMax
+from microbat.quantizers.clip import Clip
 from microbat.runtime import packed, reference
 from microbat.runtime.packed import Head, PackedLinear
 from microbat.scheme import formats
+from microbat.transforms.hadamard import BlockHadamard, Hadamard
 
 N, K = 42, 288  # no multiple of a kernel's chunk
 BACKENDS = [
@@ -86,6 +88,46 @@ def test_a_compiled_decoder_gives_the_same_bits():
     tile = torch.empty(600, K)
     packed._decode(linear, 0, tile)
     assert torch.equal(tile, weight.dequantize())
+
+
+@pytest.mark.skipif(native.shared_object() is None, reason="no compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["int8", "int4_row"])
+def test_integers_are_added_as_integers(name, dtype):
+    """Through a map, a clip and a bias too; a layer that shares its site with another reads the same codes."""
+    format, per_token = formats()[name], formats()["int8"]
+    weight = AbsMax(format=format).quantize(torch.randn(N, K, generator=torch.Generator().manual_seed(1)))
+    bias, x = torch.linspace(-1, 1, N), inputs(3).to(dtype)
+    clip = Clip(AbsMax(format=per_token, rule="full_range"), torch.tensor([[0.9, 0.8]]))
+    whole = Clip(clip.inner, clip.ratios, whole=True)
+    for map, quantizer in (
+        (None, clip.inner),
+        (BlockHadamard(width=K, block=32), clip),
+        (Hadamard(width=K), clip),
+        (Hadamard(width=K), whole),
+    ):
+        site = SiteInput(map, quantizer, num_consumers=2)
+        linears = [PackedLinear(site, weight, bias, dtype=dtype, backend="native") for _ in range(2)]
+        assert all(linear.adds_integers for linear in linears)
+        seen = quantizer.quantize(x.float() if map is None else map(x.float()))
+        exact = reference.integer_product(seen, weight) + bias
+        y = linears[0](x)
+        assert y.dtype == dtype
+        assert torch.equal(y, linears[1](x))
+        if map is None:
+            assert torch.equal(y, exact.to(dtype))
+        else:  # a map sums in an order of its own, and a value next to a tie may fall on its other side
+            step = (seen.scales * weight.dequantize().abs().amax(-1)).expand_as(exact)
+            assert ((y.float() - exact).abs() > 2.0**-8 * exact.abs() + 3 * step).float().mean() == 0
+    layer = PackedLinear(SiteInput(), weight, None, dtype=dtype)
+    assert not layer.adds_integers  # activations stay in floats
+    assert packed.described(format, per_token, torch.device("cpu")) == "native, sums of int32"
+    assert packed.described(format, None, torch.device("cpu")) == "native"
+
+
+def test_a_token_of_zeros_gives_the_bias():
+    weight, linear = layer(formats()["int8"], "auto", activation=AbsMax(format=formats()["int8"]), bias=True)
+    assert torch.equal(linear(torch.zeros(1, 2, K)), linear.bias.expand(1, 2, -1))
 
 
 def test_backends_by_name():

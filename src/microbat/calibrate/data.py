@@ -101,7 +101,7 @@ def from_model(
     """Sequences that the float model writes itself, from random first tokens, at temperature 1."""
     from transformers.generation import StoppingCriteriaList
 
-    model = checkpoint.auto.from_pretrained(checkpoint.path, dtype=torch.bfloat16).to(device).eval()
+    model = checkpoint.pretrained(torch.bfloat16).to(device).eval()
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(vocabulary, (num_sequences, 1), generator=generator)

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from microbat.evaluation.pictures import Picture
+from microbat.models.base import Thinking
 from microbat.registry import unknown
 
 TIMEOUT = 6 * 3600.0  # seconds to wait for one answer of a server: 38,912 tokens at two a second
@@ -110,6 +111,9 @@ class OnTheSpot:
     sampling: Sampling
     cache: Callable[[nn.Module], Any] = lambda model: None  # a cache for each batch; None: transformers' own
     processor: Callable[..., dict[str, Tensor]] | None = None
+    thinking: Thinking | None = (
+        None  # whose tokens part thoughts from the answer, as <think> and </think> do in its text
+    )
 
     def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
         size = self.sampling.batch_size
@@ -174,8 +178,21 @@ class OnTheSpot:
 
     def _answer(self, tokens: list[int], stops: list[int]) -> Answer:
         end = next((index for index, token in enumerate(tokens) if token in stops), None)
-        text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        return Answer(text=text, truncated=end is None)
+        return Answer(text=self._text(tokens[:end]), truncated=end is None)
+
+    def _text(self, tokens: list[int]) -> str:
+        if self.thinking is not None:
+            names = (self.thinking.opening, self.thinking.closing)
+            opening, closing = (self.tokenizer.convert_tokens_to_ids(name) for name in names)
+            if closing in tokens:
+                last = len(tokens) - 1 - tokens[::-1].index(closing)
+                return f"<think>{self._decoded(tokens[:last])}</think>{self._decoded(tokens[last + 1 :])}"
+            if opening in tokens:
+                return f"<think>{self._decoded(tokens)}"
+        return self._decoded(tokens)
+
+    def _decoded(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def _together(prompts: Sequence[dict[str, Tensor]], longest: int, padding: int) -> dict[str, Tensor]:

@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from microbat.evaluation.benchmarks import BENCHMARKS
+from microbat.evaluation.benchmarks import BENCHMARKS, Benchmark
 from microbat.evaluation.generation import Generate, OnTheSpot, Sampling
 from microbat.evaluation.problems import Problem, load_problems
 from microbat.evaluation.quality import recovery
 from microbat.evaluation.sampled import run_sampled
 from microbat.evaluation.tasks import check_tasks, run_tasks
+from microbat.models.base import Thinking
 
 Scores = dict[str, dict[str, Any]]  # benchmark -> score, stderr (None for a single item), and all else that was counted
 
@@ -24,6 +25,7 @@ class Tasks:
 
     Names in ``BENCHMARKS`` are answered in the model's own words, as ``sampling`` says; all others are the harness's.
     ``data`` is a folder of local copies (None: from the hub), ``limit`` takes the first items of each (None: all).
+    ``thinking`` asks each of the former once in every mode of it: ``humaneval-no_think``.
     Errors: those of :func:`check_tasks` and :func:`load_problems`.
     """
 
@@ -31,25 +33,29 @@ class Tasks:
     data: Path | None = None
     limit: int | None = None
     sampling: Sampling = Sampling()
-    problems: dict[str, list[Problem]] = field(init=False, repr=False, compare=False)
+    thinking: Thinking | None = None
+    problems: dict[str, tuple[Benchmark, list[Problem]]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_tasks(by_likelihood(self.names), self.data)
         asked = [BENCHMARKS[name] for name in self.names if name in BENCHMARKS]
-        problems = {benchmark.name: load_problems(benchmark, self.data, self.limit) for benchmark in asked}
-        object.__setattr__(self, "problems", problems)
+        found = [(benchmark, load_problems(benchmark, self.data, self.limit)) for benchmark in asked]
+        if self.thinking is not None:
+            found = [_told(*pair, mode, suffix) for pair in found for mode, suffix in self.thinking.modes]
+        object.__setattr__(self, "problems", {benchmark.name: (benchmark, problems) for benchmark, problems in found})
 
     @property
     def protocol(self) -> dict[str, Any]:
         """What decides the scores, as plain data."""
         drawn = {"samples": self.sampling.samples, **self.sampling.draws}
         what = {"tasks": list(self.names), "data": str(self.data or ""), "limit": self.limit}
+        what |= {"modes": [mode for mode, _ in self.thinking.modes]} if self.thinking else {}
         return what | ({"sampling": drawn} if self.problems else {})
 
     @property
     def pictured(self) -> bool:
         """Whether some problems are about pictures."""
-        return any(problem.picture for problems in self.problems.values() for problem in problems)
+        return any(problem.picture for _, problems in self.problems.values() for problem in problems)
 
     def scores(
         self,
@@ -64,7 +70,14 @@ class Tasks:
         other arguments as :meth:`answered`."""
         harness = by_likelihood(self.names)
         found = run_tasks(model, tokenizer, harness, data=self.data, limit=self.limit) if harness else {}
-        generate = OnTheSpot(model=model, tokenizer=tokenizer, sampling=self.sampling, cache=cache, processor=processor)
+        generate = OnTheSpot(
+            model=model,
+            tokenizer=tokenizer,
+            sampling=self.sampling,
+            cache=cache,
+            processor=processor,
+            thinking=self.thinking,
+        )
         return {name: _headed(result) for name, result in found.items()} | self.answered(generate, identity, answers)
 
     def answered(self, generate: Generate, identity: str, answers: Path) -> Scores:
@@ -73,8 +86,8 @@ class Tasks:
         Finished answers are kept in the folder ``answers``, where an interrupted run goes on; ``identity`` says whose they are.
         """
         return {
-            name: run_sampled(BENCHMARKS[name], problems, generate, self.sampling, identity, answers / f"{name}.jsonl")
-            for name, problems in self.problems.items()
+            name: run_sampled(benchmark, problems, generate, self.sampling, identity, answers / f"{name}.jsonl")
+            for name, (benchmark, problems) in self.problems.items()
         }
 
 
@@ -95,6 +108,11 @@ def recovered(scores: Mapping[str, Any], reference: Mapping[str, Any]) -> tuple[
     if any(score["stderr"] is None for score in scores.values()):
         return value, None
     return value, 100 * math.hypot(*(s["stderr"] / base[name] for name, s in scores.items())) / len(scores)
+
+
+def _told(benchmark: Benchmark, problems: list[Problem], mode: str, suffix: str) -> tuple[Benchmark, list[Problem]]:
+    """The benchmark under a mode of thinking: as another, whose prompts end in ``suffix``."""
+    return replace(benchmark, name=f"{benchmark.name}-{mode}"), [replace(p, prompt=p.prompt + suffix) for p in problems]
 
 
 def _headed(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -303,7 +303,7 @@ def finish(
     for pattern in COPIED:
         for file in source.path.glob(pattern):
             shutil.copy(file, partial / file.name)
-    config = {**json.loads((source.path / "config.json").read_text()), **source.config_changes}
+    config = {**source.entries, **source.config_changes}
     contract = {"quant_method": QUANT_METHOD, "schema": SCHEMA_VERSION, **quantization, **CONVENTION}
     for name, document in documents.items():
         write_json(partial / name, document)

@@ -29,6 +29,9 @@ Scales that are no powers of two (NVFP4, INT, HiF4) have ``absmax``: amax / M ro
 four_over_six  NVFP4: amax becomes 6 or 4, whichever has the smaller squared error in its block; a tie takes 6. The
                tensor's scale leaves room for both: the largest block scale is 256 for 6, 384 for 4. Four Over Six:
                More Accurate NVFP4 Quantization with Adaptive Block Scaling, Cook et al., arXiv 2512.02010
+full_range     INT: amax becomes (2^n - 1) / 2, 127.5 or 7.5, half a step beyond the largest code, to which it is rounded:
+               steps are finer for everyone else. As openPangu's INT8 and INT4 on Atlas A2 (arXiv 2512.23367); there
+               -amax takes the code -2^(n-1), which is as far from it as its neighbour and stays unused here
 mse            HiF4: the best of seven neighbouring scales, three to each side of absmax's, by squared error
 =============  ==============================================================================================
 """
@@ -90,7 +93,14 @@ def rules_for(format: BlockFormat) -> tuple[str, ...]:
         return ("floor", "mse", "unit", "pts") if tapers else ("floor", "even", "rceil", "ceil", "mse")
     if format.element == E2M1:
         return "absmax", "four_over_six"
+    if format.element.is_fixed_point:
+        return "absmax", "full_range"
     return ("absmax",) if format.scale_element.subnormals else ("absmax", "mse")
+
+
+def largest(format: BlockFormat, rule: str) -> float:
+    """What a block's largest magnitude becomes in units of a scale that is no power of two."""
+    return format.element.max + (format.element.min_subnormal / 2 if rule == "full_range" else 0.0)
 
 
 def sees_tensor(format: BlockFormat, rule: str) -> bool:

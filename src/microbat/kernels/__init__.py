@@ -14,7 +14,7 @@ from microbat.formats.block import BlockFormat
 DEVICE = (
     "cuda"  # the type of device that Triton compiles for (ROCm's GPUs have it too); tests say "cpu": its interpreter
 )
-RULES = ("floor", "even", "rceil", "ceil", "mse", "absmax")
+RULES = ("floor", "even", "rceil", "ceil", "mse", "absmax", "full_range")
 LARGEST_MAP = 128  # lanes of a transform's block
 
 

@@ -161,7 +161,8 @@ def block_scale(x, amax, outer, F: tl.constexpr, RULE: tl.constexpr):
         scale = round_to(tl.div_rn(tl.div_rn(amax, outer), E.max), S)
         return tl.maximum(scale, 2.0**-9, propagate_nan=tl.PropagateNan.ALL)  # quantizers.kernel.MIN_FLOAT_SCALE
     else:
-        return round_to(tl.div_rn(amax, E.max), S)
+        largest: tl.constexpr = E.max + E.min_subnormal / 2 if RULE == "full_range" else E.max
+        return round_to(tl.div_rn(amax, largest), S)
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from microbat.methods.base import BlockData, ModelData, Plan, Preparer, SitePlan
 from microbat.methods.learn import IN_ORDER, Inputs, Objective, Schedule, distill, refine_plan, train_plan
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
+from microbat.scheme import Scheme
 from microbat.transforms.balance import balanced_blocks
 from microbat.transforms.base import BlockDiagonal, Transform
 from microbat.transforms.hadamard import BlockHadamard
@@ -96,6 +97,19 @@ class BATQuant(Preparer):
     @property
     def in_order(self) -> str:
         return IN_ORDER.get(self.inputs, "")
+
+    def check_width(self, width: int, scheme: Scheme) -> None:
+        """A format whose scales span a row has blocks as long as the layer is wide, which not every transform can be."""
+        block = self.g or scheme.block or width
+        if self.transform == "hadamard" and block & (block - 1):
+            reason = (
+                f"blocks of {block} for {self.name}.transform=hadamard are no power of two; --set g={width & -width} is"
+            )
+        elif self.transform in ("gpk", "naive_kron") and block % self.g1:
+            reason = f"{self.name}.g1={self.g1} does not divide the transform block, which is {block}; --set g1=1 does"
+        else:
+            return
+        raise ValueError(f"{reason} (scheme {scheme.text})")
 
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
         for site in plan.sites:

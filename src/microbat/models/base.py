@@ -43,6 +43,16 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Thinking:
+    """How a model is told whether to think aloud, and where it did: mode -> what is put behind a prompt, and the tokens that
+    open and close its thoughts."""
+
+    modes: tuple[tuple[str, str], ...]
+    opening: str
+    closing: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inner:
     """The width between two linear layers of a block, where zeros may be appended: ``makers`` write it, ``reader`` reads it, and
     what happens in between, lane by lane, leaves zeros zero. ``entry`` of the config says how wide it is."""
@@ -88,6 +98,9 @@ class Family(Stack):
     the residual stream. ``auto``: the class of transformers that makes such a model from its config. ``stored``: how names in a
     checkpoint begin, where not as the modules are called, and what that stands for. ``experts``: the module of a block that holds
     its experts, where there are any. ``layouts``: what a checkpoint stores otherwise than the model holds it.
+
+    ``same_as``: the model_type under which transformers computes the same, for models whose own code is on the hub alone, where
+    ``renamed`` entries of config.json have other names. No code of the hub is ever run.
     """
 
     name: str
@@ -102,11 +115,25 @@ class Family(Stack):
     stored: tuple[tuple[str, str], ...] = ()
     experts: str = ""
     layouts: tuple[Layout, ...] = ()
+    same_as: str = ""
+    renamed: tuple[tuple[str, str], ...] = ()
+    thinking: Thinking | None = None
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
         """All blocks, in the order of execution."""
         return (*self.towers, self)
+
+    def told(self, entries: dict[str, Any]) -> dict[str, Any]:
+        """The ``entries`` of a config.json in the words of :attr:`same_as`."""
+        if not self.same_as:
+            return entries
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        names = dict(self.renamed)
+        kept = {names.get(key, key): value for key, value in entries.items() if key != "auto_map"}
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.same_as]
+        return {**kept, "model_type": self.same_as, "architectures": [architecture]}
 
 
 DECODER_SITES = (
@@ -201,10 +228,24 @@ class Checkpoint:
         return files
 
     @cached_property
-    def config(self) -> Any:
-        from transformers import AutoConfig
+    def _stored_entries(self) -> dict[str, Any]:
+        return json.loads((self.path / "config.json").read_text())
 
-        config = AutoConfig.from_pretrained(self.path)
+    @property
+    def entries(self) -> dict[str, Any]:
+        """config.json, in words that transformers knows without code of the hub."""
+        family = families().get(self._stored_entries.get("model_type", ""))
+        return self._stored_entries if family is None else family.told(self._stored_entries)
+
+    @cached_property
+    def config(self) -> Any:
+        from transformers import CONFIG_MAPPING, AutoConfig
+
+        entries = self.entries
+        if entries is self._stored_entries:
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        else:
+            config = CONFIG_MAPPING[entries["model_type"]].from_dict(entries)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # transformers would look for a quantizer of that name
         return config
@@ -217,7 +258,7 @@ class Checkpoint:
     @property
     def quant_method(self) -> str | None:
         """Who quantized this checkpoint; None for a float one."""
-        return json.loads((self.path / "config.json").read_text()).get("quantization_config", {}).get("quant_method")
+        return self._stored_entries.get("quantization_config", {}).get("quant_method")
 
     @cached_property
     def generation_config(self) -> Any:
@@ -262,7 +303,7 @@ class Checkpoint:
 
     @cached_property
     def family(self) -> Family:
-        return family_of(_model_type(self.path))
+        return family_of(self._stored_entries.get("model_type", ""))
 
     @property
     def names(self) -> Iterable[str]:
@@ -332,6 +373,11 @@ class Checkpoint:
         """All stored tensors under a module path, by their names below it."""
         names = [n for n in self.names if n.startswith(prefix + ".")]
         return {n[len(prefix) + 1 :]: self.tensor(n) for n in names}
+
+    def pretrained(self, dtype: torch.dtype) -> nn.Module:
+        """The model as transformers loads it, quantized by others or not; no code of the hub is run."""
+        told = {} if self.entries is self._stored_entries else {"config": self.config}
+        return self.auto.from_pretrained(self.path, dtype=dtype, trust_remote_code=False, **told)
 
     def skeleton(self) -> nn.Module:
         """The model on the meta device, its rotary tables real: no weight is read."""

@@ -146,6 +146,17 @@ class AbsMax(Quantizer):
 
     def native_fake(self, x: Tensor, ratios: Tensor | None, out: Tensor, map: native.Map | None = None) -> None:
         """:meth:`fake` by the native kernel, after ``map``: write to ``out``. Its ``ratios`` [..., 2] broadcast to the blocks."""
+        rows, ratios, outer = self._rows(x, ratios)
+        native.fake_quantize(rows, ratios, outer, out, format=self.format, rule=self.rule, map=map)
+
+    def native_pack(self, x: Tensor, ratios: Tensor | None, map: native.Map | None) -> Packed:
+        """:meth:`pack` by the native kernel, after ``map``; arguments as :meth:`native_fake` takes them."""
+        rows, ratios, outer = self._rows(x, ratios)
+        codes, scales = native.quantize(rows, ratios, outer, format=self.format, rule=self.rule, map=map)
+        return Packed(format=self.format, codes=codes, scales=scales, tensor_scale=outer)
+
+    def _rows(self, x: Tensor, ratios: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``x`` as rows, ratios as the native kernels take them, and the scale of all of it."""
         block = self.format.block_of(x.shape[-1])
         rows, groups = x.view(-1, x.shape[-1]), -(-x.shape[-1] // block)
         low = high = None
@@ -154,7 +165,7 @@ class AbsMax(Quantizer):
             ratios = ratios.to(torch.float32).expand(*leading, groups, 2).reshape(-1, groups, 2).contiguous()
             low, high = ratios.unbind(-1)
         outer = self._tensor_scale(split_blocks(rows, block), low, high) if self.format.has_tensor_scale else None
-        native.fake_quantize(rows, ratios, outer, out, format=self.format, rule=self.rule, map=map)
+        return rows, ratios, outer
 
     def pack(self, x: Tensor, ratios: Tensor | None = None, blocks: Tensor | None = None) -> Packed:
         """``quantize(clip(x))`` in its own bits, by the Triton kernel; before that a transform with diagonal ``blocks``.

@@ -29,7 +29,7 @@ from torch import Tensor
 from microbat import kernels
 from microbat.formats.block import BlockFormat
 from microbat.formats.element import FLOAT32_MANTISSA_BITS, Element, power_of_two
-from microbat.formats.scales import NEIGHBOURS, POWER_OF_TWO_RULES, TENSOR_EXPONENTS
+from microbat.formats.scales import NEIGHBOURS, POWER_OF_TWO_RULES, TENSOR_EXPONENTS, largest
 
 EAGER_BELOW = 1 << 17  # elements; under this a kernel launch costs more than it saves
 MIN_FLOAT_SCALE = 2.0**-9  # the smallest E4M3 subnormal: an all-zero block must not divide by zero
@@ -52,7 +52,7 @@ def block_scale(x_GB: Tensor, amax_G: Tensor, outer: Tensor | None, format: Bloc
         return torch.where(torch.isfinite(amax_G), _multiplied_scale(x_GB, amax_G, format, rule), float("nan"))
     amax_G = amax_G if outer is None else amax_G / outer
     least = MIN_FLOAT_SCALE if outer is not None else 0.0
-    scale = format.scale_element.round(amax_G / format.element.max).clamp(min=least)
+    scale = format.scale_element.round(amax_G / largest(format, rule)).clamp(min=least)
     if rule == "four_over_six":
         four = format.scale_element.round(amax_G / 2.0**format.element.emax).clamp(min=least)
         scale = _better(x_GB, [scale, four], outer, format)

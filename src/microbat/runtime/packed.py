@@ -3,8 +3,9 @@
 =========  =========================================  ==================================================================
 backend    where                                      how
 =========  =========================================  ==================================================================
-native     CPU, microbat built with a C++ compiler    up to 32 tokens (8 without AVX-512 BF16): codes are decoded in
-                                                      registers, sums are float32; more: by tiles, decoded natively
+native     CPU, microbat built with a C++ compiler    integers times integers (W8A8, W4A8): sums of int32; else up to 32
+                                                      tokens (8 without AVX-512 BF16) codes are decoded in registers,
+                                                      sums are float32, and more tokens meet tiles, decoded natively
 triton     GPUs, where Triton is installed            :mod:`microbat.runtime.gpu`: codes decoded in registers, FP8 or
                                                       block-scaled tensor cores by the hardware
 torch      everywhere, every format                   by tiles, decoded by torch (compiled where that works)
@@ -13,7 +14,8 @@ torch      everywhere, every format                   by tiles, decoded by torch
 A tile is as many rows of the weight as fit a buffer of 4 MiB, which every layer of a thread uses again. It is multiplied in
 the layer's dtype: in float32 the operands are the calibrated ones exactly and only the order of the sums differs, so an
 output is within K 2^-24 sum |x w| of the exact one (``reference.bound``); in BF16 MX and integer values are exact as
-well, NVFP4's are rounded, and so is the output.
+well, NVFP4's are rounded, and so is the output. Sums of integers are exact: (sum * token's scale) * row's scale + bias, in
+float32, whatever the layer's dtype (``reference.integer_product``).
 """
 
 # Shapes: T tokens, K in, N out, G groups along K.
@@ -30,6 +32,8 @@ from microbat import kernels, native
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.formats.packing import pack, scale_dtype, unpack
 from microbat.linear import SiteInput
+from microbat.quantizers.base import AbsMax
+from microbat.quantizers.clip import Clip
 from microbat.quantizers.kernel import EAGER_BELOW, can_compile, compiled
 from microbat.registry import unknown
 from microbat.runtime import gpu
@@ -68,6 +72,7 @@ class PackedLinear(nn.Module):
         for name, part in (("codes", codes), ("scales", parts["weight_scale"]), ("outer_bytes", outer)):
             self.register_buffer(name, part.view(torch.uint8).to(device), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.adds_integers = _adds_integers(site, weight.format, self.in_features)
         self._backend = backend
         if backend != "auto":
             check(backend, weight.format, self.codes.device.type)
@@ -129,6 +134,13 @@ class Backend:
 
 
 def native_product(layer: PackedLinear, x: Tensor) -> Tensor:
+    if layer.adds_integers and native.available(x):
+        seen = layer.site.packed(x)
+        y = native.integer_product(
+            seen.codes, seen.scales, layer.codes, layer.scales,
+            width=layer.in_features, activations=seen.format, format=layer.format,
+        )  # fmt: skip
+        return y if layer.bias is None else y + layer.bias
     x = layer.site(x).reshape(-1, layer.in_features)
     if x.shape[0] <= (NATIVE_TOKENS if native.has_product(layer.format) else PORTABLE_TOKENS):
         x = x.to(torch.float32).contiguous()
@@ -159,9 +171,17 @@ def best(format: BlockFormat, device: str) -> str:
     return next(name for name, backend in BACKENDS.items() if backend.fits(format, device))
 
 
+def _adds_integers(site: SiteInput, format: BlockFormat, width: int) -> bool:
+    quantizer = site.quantizer.inner if isinstance(site.quantizer, Clip) else site.quantizer
+    known = isinstance(quantizer, AbsMax) and native.knows(quantizer.format, quantizer.rule)
+    return known and native.multiplies(format, quantizer.format, width)
+
+
 def described(format: BlockFormat, activations: BlockFormat | None, device: torch.device) -> str:
-    """The best backend's name, on a GPU with the product that it has for many tokens."""
+    """The best backend's name, with its product: on a GPU that for many tokens, on a CPU where it adds integers."""
     name = best(format, device.type)
+    if name == "native" and activations is not None and native.multiplies(format, activations, 1):
+        return f"{name}, sums of int32"
     return f"{name}, {gpu.many(format, activations, device)}" if name == "triton" else name
 
 

@@ -20,6 +20,20 @@ def product(x: Tensor | QTensor | Composite, weight: QTensor | Composite) -> Ten
     return x.to(torch.float64) @ weight.dequantize().to(torch.float64).T
 
 
+def integer_product(x: QTensor, weight: QTensor) -> Tensor:
+    """What kernels of integers compute, bit for bit: float32 [..., N] of ``x`` [..., K] and ``weight`` [N, K], both integers
+    with one scale a row: (float32(sum of K products) * scale of x's row) * scale of the weight's row.
+
+    Sums are int64 here, int32 there, and the same while they fit. Raises ValueError for formats with other scales.
+    """
+    for factor in (x, weight):
+        element = factor.format.element
+        if not element.is_fixed_point or element.bias or factor.format.block is not None:
+            raise ValueError(f"{factor.format.name} is not integers with one scale a row")
+    x_LK, weight_NK = (q.format.element.decode(q.codes).to(torch.int64) for q in (x, weight))
+    return (x_LK @ weight_NK.T).to(torch.float32) * x.scales * weight.scales[:, 0]
+
+
 def bound(x: Tensor | QTensor | Composite, weight: QTensor | Composite) -> Tensor:
     """How far a sum in float32, in whatever order, may be from :func:`product`: K 2^-24 sum_k |x_k w_k|, [..., N]."""
     x = x if isinstance(x, Tensor) else x.dequantize()
