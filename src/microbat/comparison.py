@@ -281,6 +281,6 @@ def _cases(suite: Suite, tasks: Tasks, place: Path, done: list[Cell]) -> list[di
             folders.setdefault(cell.label, _folder(place, cell))
     return [
         {"scheme": suite.schemes[0], "benchmark": name, **case}
-        for name, problems in tasks.problems.items()
+        for name, (_, problems) in tasks.problems.items()
         for case in cases(problems, {k: _answers(tasks, v) / f"{name}.jsonl" for k, v in folders.items()}, "float")
     ]
