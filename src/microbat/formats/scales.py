@@ -31,6 +31,15 @@ four_over_six  NVFP4: amax becomes 6 or 4, whichever has the smaller squared err
                More Accurate NVFP4 Quantization with Adaptive Block Scaling, Cook et al., arXiv 2512.02010
 mse            HiF4: the best of seven neighbouring scales, three to each side of absmax's, by squared error
 =============  ==============================================================================================
+
+Formats with terms (``quantizers.sums``) get scale and terms of a block together:
+
+=============  ==============================================================================================
+minmax         int2, int3: the range from the smallest to the largest value, 0 included and on the grid
+mse            the same range times the best of 1, 0.99 ... 0.21, by the errors' 2.4th power (GPTQ's clip search)
+fit            the values that the codes ask for and the nearest codes, in turns, by least squares: PT2-LLM's iterative
+               fitting (ternary), D2Quant's alternating least squares without columns (dual2, dual3)
+=============  ==============================================================================================
 """
 
 import math
@@ -85,6 +94,8 @@ WHOLE_TENSOR_RULES = ("pts",)
 
 def rules_for(format: BlockFormat) -> tuple[str, ...]:
     """The names of the rules that ``format`` can be used with."""
+    if format.terms:
+        return ("mse", "minmax", "fit") if format.element.max > 1 else ("fit",)
     if format.scale_element.is_power_of_two:
         tapers = format.element.home < format.element.emax
         return ("floor", "mse", "unit", "pts") if tapers else ("floor", "even", "rceil", "ceil", "mse")

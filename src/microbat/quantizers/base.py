@@ -15,22 +15,35 @@ from torch import Tensor
 from microbat import native
 from microbat.formats.block import BlockFormat, QTensor, join_blocks, split_blocks
 from microbat.formats.scales import default_rule, rules_for
-from microbat.quantizers import kernel
+from microbat.quantizers import kernel, sums
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scales:
     """What a tensor is divided by: one value a block [..., G]; for two-level formats one for the tensor []; codes of the scales
-    inside each block [..., G, S] where there are any."""
+    inside each block [..., G, S] where there are any. For formats with terms these [..., G, M]; and perhaps a factor for each
+    column [K]."""
 
     block: Tensor
     tensor: Tensor | None = None
     inner: Tensor | None = None
+    terms: Tensor | None = None
+    columns: Tensor | None = None
 
     @property
     def product(self) -> Tensor:
         """One value a block [..., G]: all levels but those inside it."""
         return self.block if self.tensor is None else self.block * self.tensor
+
+    @property
+    def numbers(self) -> Tensor:
+        """A block's scale and terms side by side [..., G, 1 + M]."""
+        assert self.terms is not None
+        return torch.cat([self.block[..., None], self.terms], dim=-1)
+
+    @classmethod
+    def of_numbers(cls, numbers: Tensor, columns: Tensor | None = None) -> "Scales":
+        return cls(block=numbers[..., 0], terms=numbers[..., 1:], columns=columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +90,8 @@ class AbsMax(Quantizer):
 
     def scales_within(self, x: Tensor, outer: Tensor | None) -> Scales:
         """Scales of ``x`` [..., K], a part of a tensor whose outer scale is given."""
+        if self.format.terms:
+            return Scales.of_numbers(sums.numbers_of(whole_blocks(x, self.format), self.format, self.rule))
         x_GB = split_blocks(x.to(torch.float32), self.format.block_of(x.shape[-1]))
         block = kernel.block_scale(x_GB, x_GB.abs().amax(-1), outer, self.format, self.rule)
         scales = Scales(block=block, tensor=outer)
@@ -84,6 +99,8 @@ class AbsMax(Quantizer):
 
     def encode(self, x: Tensor, scales: Scales) -> QTensor:
         """Codes of ``x`` [..., K] under given scales; values beyond the grid saturate."""
+        if self.format.terms:
+            return nearest_codes(x, scales, self.format)
         values = self.round(x, scales)
         return QTensor(
             format=self.format,
@@ -112,6 +129,8 @@ class AbsMax(Quantizer):
         and without a gradient: a buffer used again costs a CPU a third of a fresh one.
         """
         width = x.shape[-1]
+        if self.format.terms:
+            return self.quantize(x).dequantize()
         if native.available(x) and native.knows(self.format, self.rule) and not _needs_gradient(x, low, high):
             y = torch.empty(x.shape, dtype=_matmul_dtype(x.device)) if out is None else out
             if native.available(y):
@@ -176,6 +195,21 @@ class AbsMax(Quantizer):
             smallest, largest = kernel.bounds(x.to(torch.float32), low.detach(), high.detach())
             amax = torch.maximum(-smallest, largest).amax()
         return kernel.tensor_scale(amax.to(torch.float32), self.format, self.rule)
+
+
+def whole_blocks(x: Tensor, format: BlockFormat) -> Tensor:
+    """``x`` [..., K] in float32 as blocks [..., G, B]; ValueError where K is not a multiple: a fit would see the padding."""
+    block = format.block_of(x.shape[-1])
+    if x.shape[-1] % block:
+        raise ValueError(f"K={x.shape[-1]} is not a multiple of {format.name}'s block of {block}")
+    return split_blocks(x.to(torch.float32), block)
+
+
+def nearest_codes(x: Tensor, scales: Scales, format: BlockFormat) -> QTensor:
+    """``x`` [..., K] in a format with terms: for each number the code of the nearest value that its block has."""
+    x_GB = whole_blocks(x if scales.columns is None else x / scales.columns, format)
+    codes = join_blocks(sums.nearest(x_GB, sums.values_of(scales.numbers, format)), x.shape[-1])
+    return QTensor(format=format, codes=codes, scales=scales.block, terms=scales.terms, columns=scales.columns)
 
 
 def _matmul_dtype(device: torch.device) -> torch.dtype:
