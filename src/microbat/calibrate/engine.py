@@ -9,6 +9,7 @@ only one block is in memory. A block that the keeper already has is not calibrat
 # Shapes: S sequences, L tokens, K width.
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,17 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from microbat.calibrate.fake import faked, transformed
-from microbat.calibrate.stats import Hessian
+from microbat.calibrate.inputs import SiteStream, correction, statistics, watch
 from microbat.formats.block import QTensor
 from microbat.formats.composite import Composite, format_name
 from microbat.kv import KVQuantizer
 from microbat.linear import QuantBlock, QuantLinear, QuantSite, SiteInput, install
-from microbat.methods.base import Method, Plan, Preparer, Quant, SitePlan, Solver, Statistics
+from microbat.methods.base import Method, Plan, Preparer, Quant, SitePlan, Solver
 from microbat.models.base import Checkpoint, linear_layers
 from microbat.quantizers.clip import Clip
 from microbat.quantizers.mixed import Mixed
-from microbat.quantizers.residual import Residual, effective, facing
+from microbat.quantizers.residual import facing
 from microbat.scheme import Scheme
+from microbat.transforms.permutation import Permutation
 
 Precision = Literal["float32", "bfloat16"]
 MEASURED_SEQUENCES = 4  # per-layer errors and activation pictures come from the first few calibration sequences
@@ -97,7 +99,7 @@ class _Data:
         with contextlib.ExitStack() as stack:
             for path, see in seen.items():
                 keep = lambda inputs, output, see=see: see(inputs[0].to(torch.float32))  # noqa: E731
-                stack.enter_context(_watch(self.block.get_submodule(path), keep))
+                stack.enter_context(watch(self.block.get_submodule(path), keep))
             self._runner.run(self.block, self.float_inputs)
 
     def faked(self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False) -> Callable[[Tensor], Tensor]:
@@ -203,18 +205,23 @@ def _quantize_block(job: Job, data: _Data, name: str, observe: Observer) -> tupl
     weights = {path: data.block.get_submodule(path).weight for site in plan.sites for path in site.weights}
     attention = data.block.get_submodule(plan.attention)
     frozen, attention.kv = _frozen(plan)
-    codes, notes = _solve(job, data, frozen, {**weights, **plan.latents})
+    solved = _solve(job, data, frozen, {**weights, **plan.latents})
+    for site, done in zip(plan.sites, frozen, strict=True):
+        site.transform = done.transform  # the solver may have ordered the channels
+    codes = solved.codes
     for preparer in job.preparers:
         preparer.refine(data, plan, codes, job.solver)
     frozen, attention.kv = _frozen(plan)
-    layers, activations = _measure(job, data, name, frozen, weights, codes, notes, observe)
+    layers, activations = _measure(job, data, name, frozen, weights, codes, solved.notes, observe)
+    codes, biases = _folded(data.block, frozen, solved)
     sites = tuple(
         QuantSite(name=p.site.name, consumers=tuple(p.weights), transform=p.transform, quantizer=p.activation)
         for p in frozen
     )
     record = Record(name=name, index=data.index, error=0.0, seconds=0.0, loss=plan.loss, layers=layers)
     record.activations = activations
-    return QuantBlock(sites=sites, weights=codes, kv=attention.kv, attention=plan.attention), record
+    quantized = QuantBlock(sites=sites, weights=codes, kv=attention.kv, attention=plan.attention, biases=biases)
+    return quantized, record
 
 
 def _initial_plan(job: Job, name: str) -> Plan:
@@ -257,12 +264,22 @@ def _freeze(site: SitePlan) -> SitePlan:
     return SitePlan(site=site.site, transform=transform, activation=activation, weights=weights)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Solved:
+    """Codes of a block's linear layers, what the solver said of each, and the biases that correctors gave, by path."""
+
+    codes: dict[str, QTensor | Composite]
+    notes: dict[str, dict[str, float]]
+    biases: dict[str, Tensor]
+
+
 @torch.no_grad()
-def _solve(
-    job: Job, data: _Data, plans: list[SitePlan], weights: dict[str, Tensor]
-) -> tuple[dict[str, QTensor | Composite], dict[str, dict[str, float]]]:
-    """Codes of every linear layer, in the order of the data flow: later sites see earlier ones quantized."""
-    codes, notes = {}, {}
+def _solve(job: Job, data: _Data, plans: list[SitePlan], weights: dict[str, Tensor]) -> _Solved:
+    """Codes of every linear layer, in the order of the data flow: later sites see earlier ones quantized and corrected.
+
+    Where the solver takes a site's channels in an order of its own, that becomes the site's transform in ``plans``.
+    """
+    solved = _Solved(codes={}, notes={}, biases={})
     block = data.block
     originals = {path: block.get_submodule(path) for plan in plans for path in plan.weights}
     targets: dict[str, Tensor] = {}
@@ -276,39 +293,69 @@ def _solve(
             block.set_submodule(path, linear)
     try:
         for plan in plans:
-            statistics = None
-            if "hessian" in job.solver.needs:
-                statistics = Statistics(hessian=_hessian(data, inputs[plan.site.name], next(iter(plan.weights))))
+            stream = _stream(job, data, plan, inputs[plan.site.name], originals)
+            shift = correction(stream, job.preparers) if solved.codes else None
             own = {path: targets[path] for path in plan.weights}
-            for path, solution in job.solver.solve_site(own, plan.weights, statistics).items():
-                rounded, notes[path] = solution.weight.dequantize(), dict(solution.notes)
-                codes[path] = facing(plan.activation, solution.weight)
-                block.get_submodule(path).weight = facing(plan.activation, rounded)
-                notes[path]["weight_error"] = _ratio(rounded - targets[path], targets[path])
+            found = job.solver.solve_site(own, plan.weights, statistics(stream, job.solver.needs, shift))
+            order = next(iter(found.values())).order
+            if order is not None:
+                plan.transform = Permutation(width=len(order), order=order)
+                shift = None if shift is None else shift[order]
+                site = SiteInput(plan.transform, plan.activation, num_consumers=len(plan.weights))
+                for path in plan.weights:
+                    targets[path], block.get_submodule(path).site = targets[path][:, order], site
+            for path, solution in found.items():
+                rounded, notes = solution.weight.dequantize(), dict(solution.notes)
+                solved.codes[path], solved.notes[path] = facing(plan.activation, solution.weight), notes
+                linear = block.get_submodule(path)
+                linear.weight = facing(plan.activation, rounded)
+                notes["weight_error"] = _ratio(rounded - targets[path], targets[path])
+                if shift is not None:
+                    bias = rounded @ shift
+                    solved.biases[path] = bias if linear.bias is None else bias + linear.bias
+                    linear.bias = nn.Parameter(solved.biases[path], requires_grad=False)
     finally:
         for path, module in originals.items():
             block.set_submodule(path, module)
-    return codes, notes
+    return solved
 
 
-class _Seen(Exception):
-    """Raised where a block need not run any further."""
+def _stream(job: Job, data: _Data, plan: SitePlan, site: SiteInput, originals: dict[str, nn.Module]) -> SiteStream:
+    return SiteStream(
+        block=data.block,
+        plan=plan,
+        site=site,
+        originals=originals,
+        attention=data.block.get_submodule(job.checkpoint.family.attention),
+        step=data._runner.step,
+        inputs=data.inputs,
+        float_inputs=data.float_inputs,
+        batch=job.batch,
+    )
 
 
-def _hessian(data: _Data, site: SiteInput, path: str) -> Tensor:
-    """X^T X / T of a site's quantized activation over the quantized stream; the block runs as far as the site."""
-    residual = site.quantizer.channels if isinstance(site.quantizer, Residual) else 0
-    hessian = Hessian(data.block.get_submodule(path).weight.shape[1] - residual, data.inputs.device)
-
-    def see(inputs: tuple, output: Tensor) -> None:
-        hessian.add(effective(site.quantizer, output))
-        raise _Seen
-
-    with _watch(site, see):
-        for rows in data.inputs.split(data._runner.job.batch):
-            with contextlib.suppress(_Seen):
-                data._runner.step(data.block, rows)
-    return hessian.mean
+def _folded(
+    block: nn.Module, plans: list[SitePlan], solved: _Solved
+) -> tuple[dict[str, QTensor | Composite], dict[str, Tensor]]:
+    """Codes and biases with the columns' factors of weights in the rows of what produces their activation, whose codes stay."""
+    codes, biases = dict(solved.codes), dict(solved.biases)
+    for plan in plans:
+        for path in plan.weights:
+            q, producer = codes[path], plan.site.producer
+            if not isinstance(q, QTensor) or q.columns is None:
+                continue
+            module, made = block.get_submodule(producer), codes.get(producer)
+            if isinstance(made, QTensor):
+                codes[producer] = made.with_rows(q.columns)
+            else:
+                module.weight = nn.Parameter(module.weight * q.columns[:, None], requires_grad=False)
+            bias = biases.get(producer, module.bias)
+            if producer in biases:
+                biases[producer] = biases[producer] * q.columns
+            elif bias is not None:
+                module.bias = nn.Parameter(bias * q.columns, requires_grad=False)
+            codes[path] = dataclasses.replace(q, columns=None)
+    return codes, biases
 
 
 def _measure(
@@ -328,7 +375,7 @@ def _measure(
         for plan in plans:
             first = data.block.get_submodule(next(iter(plan.weights)))
             keep = lambda inputs, output, key=plan.site.name: seen.setdefault(key, inputs[0])  # noqa: E731
-            stack.enter_context(_watch(first, keep))
+            stack.enter_context(watch(first, keep))
         data._runner.run(data.block, data.inputs[:MEASURED_SEQUENCES])
     layers: list[dict[str, Any]] = []
     viewed: dict[str, tuple[SitePlan, Quant]] = {}
@@ -392,20 +439,6 @@ def _first_inputs(job: Job, model: nn.Module) -> tuple[Tensor, dict[str, Any]]:
         inputs = torch.cat([embedding(rows.to(job.device)) for rows in job.tokens.split(job.batch)])
     model.set_submodule(family.embedding, nn.Identity())
     return inputs, caught
-
-
-@contextlib.contextmanager
-def _watch(module: nn.Module, see: Callable[[tuple, Tensor], Any]) -> Iterator[None]:
-    """Call ``see(inputs, output)`` at every call of ``module``."""
-
-    def hook(_: nn.Module, inputs: tuple, output: Tensor) -> None:
-        see(inputs, output)
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _drift(output: Tensor, target: Tensor) -> float:

@@ -1,11 +1,11 @@
 """Bits on disk: QTensor to named tensors and back, in the layout of compressed-tensors wherever that has one.
 
-``weight_packed`` holds sub-byte codes (the first in the lowest bits: 4 bits two to a byte, 2 bits four, 3 bits eight and 6 bits
-four in three bytes; of three values five to a byte, the first the lowest digit of base 3), ``weight`` whole-byte codes. ``weight_scale`` is the raw E8M0 byte for MX formats, float8_e4m3fn for NVFP4,
-bfloat16 or float32 for integers; for HiF4 four bytes a unit, in AMCT's order: E6M2, the flags of eight elements, those of four,
-the first flag in the highest bit; for formats with terms (ternary, int2) scale and terms of a group side by side.
-``weight_global_scale`` is the *reciprocal* of the tensor scale, the compressed-tensors
-convention; so that reading it back is exact, ``tensor_scale`` itself is kept beside it.
+``weight_packed`` holds sub-byte codes, the first in the lowest bits (4 bits two to a byte, 2 bits four; 3 bits eight and 6 bits
+four in three bytes; of three values five to a byte, the first the lowest digit of base 3), ``weight`` whole-byte codes.
+``weight_scale`` is the raw E8M0 byte for MX formats, float8_e4m3fn for NVFP4, bfloat16 or float32 for integers; for HiF4 four
+bytes a unit, in AMCT's order: E6M2, the flags of eight elements, those of four, the first flag in the highest bit; for formats
+with terms (ternary, int2) scale and terms of a group side by side. ``weight_global_scale`` is the *reciprocal* of the tensor
+scale, the compressed-tensors convention; so that reading it back is exact, ``tensor_scale`` itself is kept beside it.
 """
 
 # Shapes: N rows, K last axis, G blocks along K.

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.kv import KVQuantizer
 from microbat.methods.base import BlockData, ModelData, Plan, Preparer, SitePlan, Solver, Student
-from microbat.methods.learn import Inputs, Objective, Schedule, distill, refine_plan, train_plan
+from microbat.methods.learn import Inputs, Objective, Schedule, check_trains, distill, refine_plan, train_plan
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
+from microbat.scheme import Scheme
 from microbat.transforms.balance import balanced_blocks
 from microbat.transforms.base import BlockDiagonal, Transform
 from microbat.transforms.hadamard import BlockHadamard
@@ -91,6 +92,10 @@ class BATQuant(Preparer):
     @property
     def seeded(self) -> bool:
         return self.epochs > 0 or self.init == "orthogonal"
+
+    def check(self, scheme: Scheme) -> None:
+        if self.epochs or self.weight_clip:
+            check_trains(self.name, scheme)
 
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
         for site in plan.sites:

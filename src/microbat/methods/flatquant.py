@@ -21,8 +21,9 @@ from torch import nn
 
 from microbat.kv import KVQuantizer
 from microbat.methods.base import BlockData, Plan, Preparer, SitePlan, Solver
-from microbat.methods.learn import Inputs, Objective, Schedule, channel_maxima, smoothing, train_plan
+from microbat.methods.learn import Inputs, Objective, Schedule, channel_maxima, check_trains, smoothing, train_plan
 from microbat.quantizers.clip import Clip
+from microbat.scheme import Scheme
 from microbat.transforms.kronecker import FullBlocks, Kronecker, balanced_split
 
 SCALE_POWER = 0.3
@@ -51,6 +52,9 @@ class FlatQuant(Preparer):
     @property
     def seeded(self) -> bool:
         return True
+
+    def check(self, scheme: Scheme) -> None:
+        check_trains(self.name, scheme)
 
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
         for site in plan.sites:

@@ -25,7 +25,8 @@ class Site:
     """One activation inside a block: the module that produces it and the linear layers that consume it, as paths.
 
     ``normed``: the producer is an RMSNorm of the residual stream. ``headed``: the producer's output, the values, is mixed
-    over tokens on its way here, head by head; its lanes are heads times the head's size.
+    over tokens on its way here, head by head; its lanes are heads times the head's size. ``gated``: the producer's output is
+    multiplied by another activation on its way here, and nothing else, so that its rows' factors are the channels'.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Site:
     consumers: tuple[str, ...]
     normed: bool = False
     headed: bool = False
+    gated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ DECODER_SITES = (
     ),
     Site(name="o", producer="self_attn.v_proj", consumers=("self_attn.o_proj",), headed=True),
     Site(name="up", producer="post_attention_layernorm", consumers=("mlp.gate_proj", "mlp.up_proj"), normed=True),
-    Site(name="down", producer="mlp.up_proj", consumers=("mlp.down_proj",)),
+    Site(name="down", producer="mlp.up_proj", consumers=("mlp.down_proj",), gated=True),
 )
 
 

@@ -8,7 +8,6 @@ that what is stored and run is the plain format.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from microbat.formats.block import BlockFormat, QTensor

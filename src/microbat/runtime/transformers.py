@@ -24,6 +24,7 @@ from microbat.export.folder import (
     block_shard,
     check_contract,
     check_fit,
+    given_biases,
     quantized_layers,
     read_block,
 )
@@ -68,6 +69,8 @@ class MicrobatQuantizer(HfQuantizer):
             for path in quantized_layers(self.folder / block_shard(index)):
                 block.set_submodule(path, _Awaited(block.get_submodule(path)))
                 ours.append(re.escape(f"{self.blocks}.{index}.{path}.") + r"(\d+\.)?weight")
+            for path in given_biases(self.folder / block_shard(index)):
+                ours.append(re.escape(f"{self.blocks}.{index}.{path}.bias"))
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ours}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
