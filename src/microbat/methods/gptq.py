@@ -203,8 +203,9 @@ def _round_columns(
     """
     columns, format = weight.shape[1], quantizer.format
     block = format.block_of(columns)
-    # A scale of the whole tensor, or of a whole row, is fixed before the loop; block scales are replaced in turn.
-    scales = quantizer.scales(weight)
+    # A scale of the whole tensor, or of a whole row, is fixed before the loop; block scales are replaced in turn, and those that
+    # are fitted not made before.
+    scales = Scales(block=weight[:, :0]) if format.terms and block < columns else quantizer.scales(weight)
     plain = chosen is None and drift is None and isinstance(quantizer, AbsMax)
     if plain and kernels.runs_on(weight.device.type) and kernels.knows(format, quantizer.rule):
         from microbat.kernels.gptq import round_columns

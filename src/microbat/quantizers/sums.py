@@ -152,32 +152,34 @@ def _ternary(x_LGB: Tensor) -> Fitted:
     return torch.cat([scale, offset], dim=-1), codes.to(torch.uint8)
 
 
-def _minmax(x_LGB: Tensor, format: BlockFormat, share: float = 1.0) -> Tensor:
-    """Scale and offset [L, G, 2] of evenly spaced values over ``share`` of the range; the offset a whole number of steps."""
-    low, high = x_LGB.amin(-1).clamp(max=0) * share, x_LGB.amax(-1).clamp(min=0) * share
+def _minmax(x_LGB: Tensor, format: BlockFormat) -> Tensor:
+    """Scale and offset [L, G, 2] of evenly spaced values from the smallest to the largest; the offset a whole number of steps."""
+    return _spaced(x_LGB.amin(-1).clamp(max=0), x_LGB.amax(-1).clamp(min=0), format)
+
+
+def _spaced(low: Tensor, high: Tensor, format: BlockFormat) -> Tensor:
     scale = format.scale_element.round((high - low) / format.element.max)
     steps = torch.where(scale > 0, torch.round(-low / scale), 0.0)
     return torch.stack([scale, -scale * steps], dim=-1)
 
 
 def _clip_search(x_LGB: Tensor, format: BlockFormat) -> Tensor:
-    best, least = torch.empty(0), torch.empty(0)
+    low, high = x_LGB.amin(-1).clamp(max=0), x_LGB.amax(-1).clamp(min=0)
+    best, least = _minmax(x_LGB, format), torch.full_like(low, float("inf"))
     for number in range(SHRINKS):
-        numbers = stored(_minmax(x_LGB, format, 1 - number / 100), format)
-        error = (_round(x_LGB, numbers, format) - x_LGB).abs().pow(NORM).sum(-1)
-        if number == 0:
-            best, least = numbers, error
-        else:
-            better = error < least
-            best, least = torch.where(better[..., None], numbers, best), torch.minimum(error, least)
+        share = 1 - number / 100
+        numbers = stored(_spaced(share * low, share * high, format), format)
+        error = _round(x_LGB, numbers, format).sub_(x_LGB).abs_().pow_(NORM).sum(-1)
+        better = error < least
+        best, least = torch.where(better[..., None], numbers, best), torch.minimum(error, least)
     return best
 
 
 def _round(x_LGB: Tensor, numbers: Tensor, format: BlockFormat) -> Tensor:
-    """The nearest of evenly spaced values, without a look at each."""
+    """The nearest of evenly spaced values, without a look at each; a new tensor."""
     scale, offset = numbers[..., :1], numbers[..., 1:]
-    steps = torch.where(scale > 0, (x_LGB - offset) / scale, 0.0)
-    return torch.round(steps).clamp(0, format.element.max) * scale + offset
+    steps = ((x_LGB - offset) / scale).nan_to_num_(0.0)  # no steps where all of a block is zero
+    return steps.round_().clamp_(0, format.element.max).mul_(scale).add_(offset)
 
 
 Rounded = Callable[[Tensor, int], Fitted]
