@@ -152,7 +152,7 @@ class BlockFormat:
         scales += blocks * self.scale_element.bits
         scales += blocks * sum((self.block or 0) // group * element.bits for group, element in self.inner)
         scales += blocks * sum(term.element.bits for term in self.terms)
-        return self.element.stored_bits + scales / numel
+        return self.element.packed_bits(width) / width + scales / numel
 
 
 def split_blocks(x: Tensor, block: int) -> Tensor:

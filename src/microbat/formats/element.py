@@ -72,9 +72,13 @@ class Element:
         return int(self.signed) + self.exponent_bits + self.mantissa_bits
 
     @property
-    def stored_bits(self) -> float:
-        """Bits that one number takes where many are packed."""
-        return self.bits
+    def is_trit(self) -> bool:
+        """Whether five codes are packed into a byte."""
+        return False
+
+    def packed_bits(self, width: int) -> int:
+        """Bits of a row of ``width`` packed codes."""
+        return 8 * -(-width // 5) if self.is_trit else self.bits * width
 
     @property
     def emin(self) -> int:
@@ -204,8 +208,8 @@ class Listed(Element):
         return max(abs(value) for value in self.values)
 
     @property
-    def stored_bits(self) -> float:
-        return 8 / 5 if len(self.values) == 3 else self.bits
+    def is_trit(self) -> bool:
+        return len(self.values) == 3
 
     def _value(self, code: int) -> float:
         return self.values[code] if code < len(self.values) else float("nan")

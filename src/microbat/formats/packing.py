@@ -94,7 +94,7 @@ def check(q: QTensor, shape: tuple[int, ...]) -> None:
 
 def pack_codes(codes: Tensor, element: Element) -> Tensor:
     """uint8 codes [..., K] of ``element``, packed along the last axis (padded with zero codes)."""
-    if element.stored_bits == element.bits:
+    if not element.is_trit:
         return pack_bits(codes, element.bits)
     fives = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % TRITS)).unflatten(-1, (-1, TRITS))
     return (fives * _powers_of_three(codes)).sum(-1, dtype=torch.uint8)
@@ -102,7 +102,7 @@ def pack_codes(codes: Tensor, element: Element) -> Tensor:
 
 def unpack_codes(packed: Tensor, element: Element, width: int) -> Tensor:
     """The inverse of :func:`pack_codes`: uint8 codes [..., width]. A byte above 242 has a last code that means no number."""
-    if element.stored_bits == element.bits:
+    if not element.is_trit:
         return unpack_bits(packed, element.bits, width)
     digits = packed[..., None] // _powers_of_three(packed)
     digits = torch.cat([digits[..., :-1] % 3, digits[..., -1:]], dim=-1)

@@ -91,7 +91,7 @@ class AbsMax(Quantizer):
     def scales_within(self, x: Tensor, outer: Tensor | None) -> Scales:
         """Scales of ``x`` [..., K], a part of a tensor whose outer scale is given."""
         if self.format.terms:
-            return Scales.of_numbers(sums.numbers_of(whole_blocks(x, self.format), self.format, self.rule))
+            return Scales.of_numbers(self._numbers(x.to(torch.float32)))
         x_GB = split_blocks(x.to(torch.float32), self.format.block_of(x.shape[-1]))
         block = kernel.block_scale(x_GB, x_GB.abs().amax(-1), outer, self.format, self.rule)
         scales = Scales(block=block, tensor=outer)
@@ -129,8 +129,9 @@ class AbsMax(Quantizer):
         and without a gradient: a buffer used again costs a CPU a third of a fresh one.
         """
         width = x.shape[-1]
-        if self.format.terms:
-            return self.quantize(x).dequantize()
+        if self.format.terms:  # fitted to the block: there is no gradient, and clips are the caller's to apply
+            y = self.quantize(x.detach()).dequantize().to(_matmul_dtype(x.device))
+            return y if out is None else out.copy_(y)
         if native.available(x) and native.knows(self.format, self.rule) and not _needs_gradient(x, low, high):
             y = torch.empty(x.shape, dtype=_matmul_dtype(x.device)) if out is None else out
             if native.available(y):
@@ -185,6 +186,14 @@ class AbsMax(Quantizer):
         outer = None if amax is None else kernel.tensor_scale(amax, self.format, self.rule)
         return {**settings, "rule": self.rule, "outer": outer}
 
+    def _numbers(self, x: Tensor) -> Tensor:
+        """Scale and terms of each block of ``x`` [..., K], a tail's by its real lanes alone."""
+        block = self.format.block_of(x.shape[-1])
+        whole = x.shape[-1] - x.shape[-1] % block
+        parts = [x[..., :whole].unflatten(-1, (-1, block))] if whole else []
+        parts += [x[..., None, whole:]] if whole < x.shape[-1] else []
+        return torch.cat([sums.numbers_of(part, self.format, self.rule) for part in parts], dim=-2)
+
     def _tensor_scale(self, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor | None:
         """The scale of all of ``x``, clipped, where ratios are given for its blocks [..., G, B]."""
         if not self.format.has_tensor_scale:
@@ -197,17 +206,10 @@ class AbsMax(Quantizer):
         return kernel.tensor_scale(amax.to(torch.float32), self.format, self.rule)
 
 
-def whole_blocks(x: Tensor, format: BlockFormat) -> Tensor:
-    """``x`` [..., K] in float32 as blocks [..., G, B]; ValueError where K is not a multiple: a fit would see the padding."""
-    block = format.block_of(x.shape[-1])
-    if x.shape[-1] % block:
-        raise ValueError(f"K={x.shape[-1]} is not a multiple of {format.name}'s block of {block}")
-    return split_blocks(x.to(torch.float32), block)
-
-
 def nearest_codes(x: Tensor, scales: Scales, format: BlockFormat) -> QTensor:
     """``x`` [..., K] in a format with terms: for each number the code of the nearest value that its block has."""
-    x_GB = whole_blocks(x if scales.columns is None else x / scales.columns, format)
+    x = x.to(torch.float32) if scales.columns is None else x / scales.columns
+    x_GB = split_blocks(x, format.block_of(x.shape[-1]))
     codes = join_blocks(sums.nearest(x_GB, sums.values_of(scales.numbers, format)), x.shape[-1])
     return QTensor(format=format, codes=codes, scales=scales.block, terms=scales.terms, columns=scales.columns)
 

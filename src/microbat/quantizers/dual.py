@@ -8,11 +8,12 @@ that what is stored and run is the plain format.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from microbat.formats.block import BlockFormat, QTensor
+from microbat.formats.block import BlockFormat, QTensor, split_blocks
 from microbat.quantizers import sums
-from microbat.quantizers.base import Quantizer, Scales, nearest_codes, whole_blocks
+from microbat.quantizers.base import Quantizer, Scales, nearest_codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,12 @@ class DualScale(Quantizer):
     rounds: int = 15
 
     def scales(self, x: Tensor) -> Scales:
-        """Scales of a weight [N, K], and its columns' factors [K]."""
-        numbers, _, columns_GB = sums.fit_columns(whole_blocks(x, self.format), self.format, self.rounds)
+        """Scales of a weight [N, K], and its columns' factors [K]; ValueError where K is not a multiple of the group."""
+        block = self.format.block_of(x.shape[-1])
+        if x.shape[-1] % block:
+            raise ValueError(f"K={x.shape[-1]} is not a multiple of {self.format.name}'s block of {block}")
+        x_NGB = split_blocks(x.to(torch.float32), block)
+        numbers, _, columns_GB = sums.fit_columns(x_NGB, self.format, self.rounds)
         mean_G = columns_GB.mean(-1)
         columns_GB = columns_GB / mean_G[:, None]
         return Scales.of_numbers(sums.stored(numbers * mean_G[:, None], self.format), columns_GB.flatten())

@@ -123,8 +123,9 @@ def solve(
     """(1): the best numbers [L, G, M] for ``codes``, ``numbers`` being those before."""
     factors = format.bases.to(x_LGB.device).T[codes.to(torch.int64)]  # [L, G, B, M]
     factors = factors if columns_GB is None else factors * columns_GB[..., None]
-    gram = (factors.mT @ factors).to(torch.float64)
-    right = (factors.mT @ x_LGB[..., None]).to(torch.float64)[..., 0]
+    with torch.autocast(x_LGB.device.type, enabled=False):
+        gram = (factors.mT @ factors).to(torch.float64)
+        right = (factors.mT @ x_LGB[..., None]).to(torch.float64)[..., 0]
     return settle(gram, right, numbers)
 
 
