@@ -1,4 +1,5 @@
-"""D2Quant: Accurate Low-bit Post-Training Weight Quantization for LLMs. arXiv 2602.02546.
+"""D2Quant: Accurate Low-bit Post-Training Weight Quantization for LLMs. Yan, Bao, Li et al., 2026. arXiv
+2602.02546.
 
 For 2 and 3 bits, weights alone. All linear layers but down are rounded on an asymmetric grid (int2, int3 with their clip search).
 With G the activation between gate and up, y = W_down (g * (W_up x)):

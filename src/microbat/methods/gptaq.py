@@ -1,4 +1,5 @@
-"""GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration. Li, Yin, Kim, Wang, Panda, 2025. arXiv 2504.02692.
+"""GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration. Li, Yin, Lee, Xiao, Panda, 2025. arXiv
+2504.02692.
 
 GPTQ asks a layer's rounded weight to do on its quantized inputs X what the weight does on them; here it is to do what the
 weight does on the float model's inputs X'. With U the upper Cholesky factor of the damped inverse H^-1 and

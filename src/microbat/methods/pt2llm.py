@@ -1,4 +1,5 @@
-"""PT2-LLM: Post-Training Ternarization for Large Language Models. arXiv 2510.03267 (ICLR 2026).
+"""PT2-LLM: Post-Training Ternarization for Large Language Models. Yan, Bao, Li et al., 2025. arXiv 2510.03267
+(ICLR 2026).
 
 Weights become alpha T + mu, T of -1, 0, 1, with alpha and mu per row and block of 128 columns, a block at a time:
 
