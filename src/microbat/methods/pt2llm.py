@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from microbat.formats.block import QTensor
+from microbat.formats.block import BlockFormat, QTensor
 from microbat.formats.ternary import TRIT
 from microbat.methods.base import Quant, Solution, Solver, Statistics
 from microbat.methods.gptq import inverse_cholesky
@@ -87,7 +87,7 @@ class PT2LLM(Solver):
             for path, c, n in parts
         }
 
-    def _ternarize(self, weight: Tensor, format, hessian: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    def _ternarize(self, weight: Tensor, format: BlockFormat, hessian: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
         """Numbers [N, G, 2], codes [N, K] with columns in ``order`` [K], and the damping that it took."""
         width, block = weight.shape[1], format.block_of(weight.shape[1])
         dead = hessian.diagonal() == 0

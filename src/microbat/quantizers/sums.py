@@ -106,15 +106,16 @@ def start(x_LGB: Tensor, format: BlockFormat, columns_GB: Tensor | None = None) 
     if format.bases.shape[-1] == 3:
         return _ternary(x_LGB)
     columns = torch.ones_like(x_LGB[0]) if columns_GB is None else columns_GB
-    left, codes, numbers = x_LGB, torch.zeros_like(x_LGB, dtype=torch.uint8), []
+    left, codes = x_LGB, torch.zeros_like(x_LGB, dtype=torch.uint8)
     energy = columns.square().sum(-1)
+    found: list[Tensor] = []
     for place in range(len(format.bases)):
         bit = left >= 0
         signs = torch.where(bit, columns, -columns)
-        numbers.append((left * signs).sum(-1).abs() / energy)
-        left = left - numbers[-1][..., None] * signs
+        found.append((left * signs).sum(-1).abs() / energy)
+        left = left - found[-1][..., None] * signs
         codes |= bit.to(torch.uint8) << place
-    return torch.stack(numbers, dim=-1), codes
+    return torch.stack(found, dim=-1), codes
 
 
 def solve(
