@@ -89,7 +89,7 @@ class Recipe:
             if solver.reorders:
                 raise ValueError(
                     f"{solver.name} takes channels in an order of its own, and {preparer.name} may map them before it: "
-                    "leave their order with --set reorder=false"
+                    "leave their order with --set order=natural"
                 )
             if preparer.solvers and solver.name not in preparer.solvers:
                 raise ValueError(

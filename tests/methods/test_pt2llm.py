@@ -110,7 +110,7 @@ def test_the_next_block_makes_up_for_the_first():
     weight, x = problem(K=128)
     h = statistics(x).hessian
     h = h + 0.01 * h.diagonal().mean() * torch.eye(128, dtype=torch.float64)
-    got = PT2LLM(reorder=False).solve(weight, QUANTIZER, statistics(x)).weight
+    got = PT2LLM(order="natural").solve(weight, QUANTIZER, statistics(x)).weight
 
     def block(part, metric):
         numbers, codes = sums.fit(part[:, None].float(), TERNARY_G64)
@@ -123,14 +123,14 @@ def test_the_next_block_makes_up_for_the_first():
     torch.testing.assert_close(got.dequantize().double(), expected, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("reorder", [False, True])
-def test_beats_round_to_nearest_and_each_part_counts(reorder):
+@pytest.mark.parametrize("order", ["natural", "hessian", "similarity"])
+def test_beats_round_to_nearest_and_each_part_counts(order):
     weight, x = problem(seed=1)
-    found, solver = statistics(x), PT2LLM(reorder=reorder)
+    found, solver = statistics(x), PT2LLM(order=order)
     whole = loss(solver.solve(weight, QUANTIZER, found), weight, x)
-    unaligned = loss(PT2LLM(reorder=reorder, align=False).solve(weight, QUANTIZER, found), weight, x)
+    unaligned = loss(PT2LLM(order=order, align=False).solve(weight, QUANTIZER, found), weight, x)
     nearest = loss(RTN().solve(weight, QUANTIZER, None), weight, x)
-    assert whole < 0.85 * unaligned
+    assert whole < (0.97 if order == "hessian" else 0.85) * unaligned
     assert unaligned < nearest
     assert whole < 1.1 * loss(GPTQ().solve(weight, QUANTIZER, found), weight, x)
 
@@ -174,9 +174,9 @@ def test_from_model_to_folder_and_back(tiny, text_file, tmp_path, scheme):
 def test_other_formats_orders_and_settings_are_refused(tiny, text_file, tmp_path):
     with pytest.raises(ValueError, match="pt2llm makes ternary weights, not int2 .*W2A16:ternary"):
         Recipe(model="m", method="pt2llm", scheme="W2A16").methods()
-    with pytest.raises(ValueError, match="quarot may map them before it: leave their order with --set reorder=false"):
+    with pytest.raises(ValueError, match="quarot may map them before it: leave their order with --set order=natural"):
         Recipe(model="m", method="quarot", solver="pt2llm", scheme="W2A16:ternary").methods()
-    Recipe(model="m", method="quarot", solver="pt2llm", scheme="W2A16:ternary", settings={"reorder": False}).methods()
+    Recipe(model="m", method="quarot", solver="pt2llm", scheme="W2A16:ternary", settings={"order": "natural"}).methods()
     with pytest.raises(
         ValueError, match=r"layer 'model.layers.0.self_attn.q_proj': K=64 is not a multiple of ternary's block of 128"
     ):
@@ -188,3 +188,11 @@ def test_other_formats_orders_and_settings_are_refused(tiny, text_file, tmp_path
             PT2LLM(**{field: value})
     with pytest.raises(ValueError, match="Hessian"):
         PT2LLM().solve(torch.zeros(2, 64), QUANTIZER, None)
+
+
+def test_hessian_order_takes_the_largest_inputs_first():
+    weight, x = problem()
+    found = statistics(x)
+    order = PT2LLM(order="hessian").solve(weight, QUANTIZER, found).order
+    assert order.tolist() == found.hessian.diagonal().argsort(descending=True, stable=True).tolist()
+    assert PT2LLM(order="natural").solve(weight, QUANTIZER, found).order is None

@@ -11,6 +11,7 @@ Weights become alpha T + mu, T of -1, 0, 1, with alpha and mu per row and block 
     (3)  the block's error E moves to the columns that remain, F: W_F <- W_F - E V_BB^-1 V_BF, V the inverse of the damped H
          on what remains, V_FF <- V_FF - V_FB V_BB^-1 V_BF
     (4)  structural reordering: the next block is the columns, of those that remain, with the largest cosine to their mean
+         (order=similarity; the paper's ablation has order=hessian, the largest of diag(H) first, between that and none)
 
 The weights that read one activation are one weight of more rows here: one order, a gather of the activation's channels, serves
 them all (the paper orders each by itself).
@@ -23,7 +24,7 @@ block share. alpha and mu are BF16, not FP16, and (3) sees them as stored. No co
 # Shapes: N out (of all weights of a site together), K in, B block size, G blocks.
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class PT2LLM(Solver):
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     align: bool = True  # (2)
-    reorder: bool = True  # (4)
+    order: Literal["similarity", "hessian", "natural"] = "similarity"  # (4)
     rounds: int = 50  # of (1), at most
     damping: float = 0.01  # of the mean diagonal of H
 
@@ -55,7 +56,7 @@ class PT2LLM(Solver):
 
     @property
     def reorders(self) -> bool:
-        return self.reorder
+        return self.order != "natural"
 
     def check(self, scheme: Scheme) -> None:
         if scheme.weight is not None and scheme.weight.format.element != TRIT:
@@ -82,7 +83,7 @@ class PT2LLM(Solver):
             path: Solution(
                 weight=QTensor(format=format, codes=c.clone(), scales=n[..., 0].clone(), terms=n[..., 1:].clone()),
                 notes={"damping": damping},
-                order=order if self.reorder else None,
+                order=order if self.reorders else None,
             )
             for path, c, n in parts
         }
@@ -100,7 +101,7 @@ class PT2LLM(Solver):
         rest = weight.to(torch.float64)
         numbers, codes = [], []
         while len(left):
-            chosen = like_the_mean(rest, block) if self.reorder else torch.arange(block, device=left.device)
+            chosen = self._next(rest, hessian.diagonal()[left], block)
             others = torch.ones_like(left, dtype=torch.bool)
             others[chosen] = False
             own, channels = rest[:, chosen], left[chosen]
@@ -120,6 +121,14 @@ class PT2LLM(Solver):
             numbers.append(number)
             codes.append(code)
         return torch.stack(numbers, dim=1), torch.cat(codes, dim=1), torch.cat(order), damping
+
+    def _next(self, weight: Tensor, diagonal: Tensor, block: int) -> Tensor:
+        """int64 [B]: which of the columns that remain, ``weight`` [N, F] with ``diagonal`` [F] of H, are the next block."""
+        if self.order == "similarity":
+            return like_the_mean(weight, block)
+        if self.order == "hessian":
+            return diagonal.argsort(descending=True, stable=True)[:block]
+        return torch.arange(block, device=weight.device)
 
 
 def like_the_mean(weight: Tensor, block: int) -> Tensor:
