@@ -7,7 +7,7 @@ weight does on the float model's inputs X'. With U the upper Cholesky factor of 
     (1)  D = (X' - X)^T X / T,   P = alpha triu(D U^T, 1) U
 
 a column j, before it is rounded, adds w_j P_jl to each column l > j, besides GPTQ's own update (methods.gptq). alpha = 0.25, as
-in the authors' code: all of the deviation (alpha = 1) follows the calibration text too closely.
+in the authors' code; with few bits more gains little (LOG.md).
 
 Differs from the authors' code in: what methods.gptq differs in; columns go in group-aware order by default, as D2Quant's code
 runs it.
