@@ -100,7 +100,8 @@ def test_eval_of_answers_in_the_models_own_words(folder, tmp_path):
     assert list(result["models"]) == ["float", "mine"]
     for name, row in result["models"].items():
         score = row["tasks"]["gsm8k"]
-        assert (score["n"], score["samples"], score["truncated"]) == (3, 2, 6)
+        assert (score["n"], score["samples"]) == (3, 2)
+        assert 3 < score["truncated"] <= 6  # of a random model, one may end by itself
         assert f"{score['unparsed']} unparsed" in output
         assert len((tmp_path / "answers" / name / "gsm8k.jsonl").read_text().splitlines()) == 1 + 6
         assert row["recovery"] is None  # random weights are never right

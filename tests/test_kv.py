@@ -95,7 +95,13 @@ def test_a_16_bit_cache_is_refused(tiny):
 
 def test_the_map_of_values_goes_into_the_weights(tiny, text_file, tmp_path):
     model = tiny("qwen2", hidden_size=128)
-    options = {"method": "batquant", "solver": "rtn", "calibration": str(text_file), "settings": {"epochs": 0}, **FAST}
+    options = {
+        "method": "batquant",
+        "solver": "rtn",
+        "calibration": str(text_file),
+        "settings": {"epochs": 0, "distill_epochs": 0},
+        **FAST,
+    }
     bias = {}
     for scheme in ("W4A8KV16", "W4A8KV4"):
         out = microbat.quantize(model, out=tmp_path / scheme, scheme=scheme, **options)

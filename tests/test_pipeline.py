@@ -48,8 +48,8 @@ def test_reloaded_folder_computes_what_calibration_saw(tiny, text_file, tmp_path
     seen = []
     original = pipeline.calibrate
 
-    def spy(job, keeper, observe, progress):
-        for record in original(job, keeper, observe, progress):
+    def spy(*arguments):
+        for record in original(*arguments):
             seen.append(record)
             yield record
 
@@ -225,6 +225,32 @@ class TestBadInput:
         file = broken / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-1000])
         self.fails("model.safetensors cannot be read", tiny, tmp_path, model=broken)
+
+    def test_an_index_that_names_what_is_not_there(self, tiny, tmp_path):
+        from safetensors.torch import load_file, save_file
+
+        broken = tmp_path / "sharded"
+        shutil.copytree(tiny(), broken)
+        (broken / "model.safetensors").unlink()
+        tensors = load_file(tiny() / "model.safetensors")
+        halves = {"one.safetensors": {}, "two.safetensors": {}}
+        for name, tensor in tensors.items():
+            halves["two.safetensors" if "layers.1." in name else "one.safetensors"][name] = tensor
+        for file, half in halves.items():
+            save_file(half, broken / file, {"format": "pt"})
+        weight_map = {name: file for file, half in halves.items() for name in half}
+        index = broken / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        assert len(list(Checkpoint(broken).names)) == len(tensors)
+        lost = "model.layers.1.mlp.up_proj.weight"
+        index.write_text(json.dumps({"weight_map": {**weight_map, lost: "one.safetensors"}}))
+        self.fails(rf"one.safetensors lacks tensor {lost}, which .*index.json says", tiny, tmp_path, model=broken)
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        two = broken / "two.safetensors"
+        two.write_bytes(two.read_bytes()[:-10])
+        self.fails("two.safetensors cannot be read", tiny, tmp_path, model=broken)
+        two.unlink()
+        self.fails("index.json names two.safetensors, which is not there", tiny, tmp_path, model=broken)
 
     def test_nan_weights_name_the_layer(self, tiny, tmp_path, text_file):
         from safetensors.torch import load_file, save_file

@@ -79,9 +79,9 @@ def test_both_multiply_from_the_packed_bits(made, monkeypatch, engine):
 
 
 def test_the_proof_is_what_calibration_computed(made):
-    tokens, outputs = folders.read_proof(made["batquant"])
+    sample, outputs = folders.read_proof(made["batquant"])
     model = microbat.load(made["batquant"])
-    hidden = model.model(tokens, output_hidden_states=True)
+    hidden = model.model(**sample, output_hidden_states=True)
     assert outputs.shape == (1, 32, 64)
     torch.testing.assert_close(model.model.norm(outputs), hidden.last_hidden_state, rtol=1e-4, atol=1e-4)
 
@@ -155,10 +155,10 @@ def takes_another_scale_rule(model):
 
 @pytest.mark.parametrize("mistake", [drops_activation_format, takes_another_scale_rule])
 def test_an_engine_that_computes_something_else_fails(made, monkeypatch, mistake):
-    def mistaken(self, folder, tokens, layers):
+    def mistaken(self, folder, tokens, layers, images):
         model = load(folder)
         mistake(model)
-        return watched(model, tokens, layers)
+        return watched(model, tokens, layers, images)
 
     monkeypatch.setattr(engine.Transformers, "run", mistaken)
     verdict = verify(made["gptq"], engine="transformers")
@@ -168,8 +168,8 @@ def test_an_engine_that_computes_something_else_fails(made, monkeypatch, mistake
 
 
 def test_an_engine_that_does_not_show_its_layers(made, monkeypatch):
-    def logits_only(self, folder, tokens, layers):
-        return dataclasses.replace(watched(load(folder), tokens, []), layers={})
+    def logits_only(self, folder, tokens, layers, images):
+        return dataclasses.replace(watched(load(folder), tokens, [], images), layers={})
 
     monkeypatch.setattr(engine.Transformers, "run", logits_only)
     verdict = verify(made["gptq"], engine="transformers")
@@ -189,7 +189,7 @@ def test_wrong_requests(made, tiny, text_file, tmp_path, monkeypatch):
     served = compressed_tensors.export(for_vllm, tmp_path / "int8", target="vllm")
     assert "was exported for vllm; transformers would compute something else" in run("verify", served, code=2)
 
-    def missing(self, folder, tokens, layers):
+    def missing(self, folder, tokens, layers, images):
         raise ImportError("no module of that name")
 
     monkeypatch.setattr(engine.Transformers, "run", missing)

@@ -72,7 +72,7 @@ def bench(
 
 def _bench(folder: str | Path, device: torch.device, tokens: int, prompt: int, rounds: int) -> Bench:
     packed = load(folder, dtype=torch.bfloat16, device=device)
-    context = packed.config.max_position_embeddings
+    context = packed.config.get_text_config().max_position_embeddings
     if prompt + tokens > context:
         raise ValueError(f"prompt={prompt} and tokens={tokens} do not fit the model's context of {context}")
     bf16 = load_plain(folder, dtype=torch.bfloat16, device=device)
@@ -103,7 +103,8 @@ def _bench(folder: str | Path, device: torch.device, tokens: int, prompt: int, r
 @torch.inference_mode()
 def _decode(model: nn.Module, tokens: int, prompt: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, prompt), generator=generator).to(next(model.parameters()).device)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (1, prompt), generator=generator).to(next(model.parameters()).device)
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

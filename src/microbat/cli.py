@@ -65,10 +65,15 @@ def quantize(
         list[str] | None, typer.Option(help="A layer to leave in float: its full name, or `re:` and a pattern.")
     ] = None,
     calibration: Annotated[
-        str, typer.Option(help="`self` (the model's own text), a .txt or .jsonl file, or a data set of the hub.")
+        str,
+        typer.Option(
+            help="`self` (the model's own text), a .txt or .jsonl file, a folder of images with a .jsonl (image, question, "
+            "answer), or a data set of the hub."
+        ),
     ] = "self",
     num_calibration_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
-    max_seq_length: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
+    max_seq_length: Annotated[int, typer.Option(help="Tokens in each; with images, at most.")] = 512,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out pairs whose image cannot be read.")] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="A hyper-parameter: key=value, as `microbat list methods` names it."),
@@ -82,6 +87,15 @@ def quantize(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop where the table of layers has a surprise in it.")
     ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            help="Processes that train blocks side by side, where the method allows it (extra: microbat[ray])."
+        ),
+    ] = 1,
+    address: Annotated[
+        str, typer.Option(help="The Ray cluster that has the workers, as head:6379 or auto; empty: this machine.")
+    ] = "",
 ) -> None:
     """Quantize a model into a folder. An interrupted run goes on where it stopped when the same command runs again.
 
@@ -107,15 +121,20 @@ def quantize(
                 calibration=calibration,
                 num_calibration_samples=num_calibration_samples,
                 max_seq_length=max_seq_length,
+                skip_bad=skip_bad,
                 settings=parse_settings(set_ or []),
                 seed=seed,
                 precision=precision,
                 device=device,
             )
         _print_coverage(pipeline.coverage(chosen), strict)
-        folder = pipeline.run(chosen, out)
+        if (workers > 1 or address) and (why := pipeline.in_order(chosen)):
+            console.print(f"{why}: blocks are calibrated in order, by one process", soft_wrap=True, highlight=False)
+        folder = pipeline.run(chosen, out, workers=workers, address=address)
         page = pipeline.write_report(folder)
     content = json.loads((folder / "report.json").read_text())
+    for reason in content["recipe"].get("calibration_skipped", ()):
+        console.print(f"left out: {reason}", style="yellow", highlight=False, markup=False)
     console.print(f"{folder}: {content['bits_per_weight']:.3f} bits per weight, report {page}", soft_wrap=True)
 
 
@@ -529,10 +548,11 @@ def _list_families() -> None:
     from microbat.models.base import families
 
     for name, family in families().items():
-        sites = "; ".join(
-            f"{site.name}: {', '.join(c.rsplit('.', 1)[-1] for c in site.consumers)}" for site in family.sites
-        )
-        console.print(f"[bold]{name}[/] ({sites})", highlight=False)
+        stacks = []
+        for stack in family.stacks:
+            sites = (f"{s.name}: {', '.join(c.rsplit('.', 1)[-1] for c in s.consumers)}" for s in stack.sites)
+            stacks.append(f"{stack.blocks}: " * (stack is not family) + "; ".join(sites))
+        console.print(f"[bold]{name}[/] ({' | '.join(reversed(stacks))})", highlight=False)
 
 
 def _list_schemes() -> None:

@@ -88,7 +88,7 @@ def _folder(place: Path, cell: Cell) -> Path:
 def _tokens(place: Path, cell: Cell) -> Path:
     """A file for what decides the calibration tokens."""
     recipe = cell.recipe
-    parts = (recipe.calibration, recipe.num_calibration_samples, recipe.max_seq_length, recipe.seed)
+    parts = (recipe.calibration, recipe.num_calibration_samples, recipe.max_seq_length, recipe.seed, recipe.skip_bad)
     return place / "tokens" / f"{_key([recipe.model, *parts])}.safetensors"
 
 

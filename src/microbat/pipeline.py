@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -19,13 +21,18 @@ from torch import Tensor, nn
 
 from microbat.calibrate import coverage as calibration_coverage
 from microbat.calibrate import data as calibration_data
+from microbat.calibrate import pairs as image_pairs
 from microbat.calibrate.coverage import Covered
 from microbat.calibrate.data import Calibration
 from microbat.calibrate.engine import Job, Precision, Record, calibrate, preflight
+from microbat.calibrate.memory import total_memory
+from microbat.calibrate.stream import Sample
+from microbat.calibrate.workers import Workers
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
 from microbat.methods.base import ModelData, Preparer, Quant, Student
-from microbat.models.base import Checkpoint, resolve
+from microbat.models.base import Checkpoint, linear_layers, resolve
+from microbat.models.padding import padded
 from microbat.models.rotation import RotatedCheckpoint, Rotation
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
@@ -38,13 +45,15 @@ from microbat.runtime.load import load as load_folder
 from microbat.scheme import Scheme
 
 PICTURED_LAYERS = 3  # worst activations that the report shows, beside the one that every run shows
+SELF_CALIBRATION = "calibration 'self' is text that the model writes (a file or a data set is not)"
 RUN_FILE, TOKENS_FILE, ROTATION_FILE = "run.json", "calibration.safetensors", "rotation.safetensors"
 DISTILLED_FILE = "distilled.json"
 
 
-def quantize(model: str | Path, *, out: str | Path, **fields: Any) -> Path:
-    """Quantize ``model`` (a folder or a name on the hub) into the folder ``out``; ``fields`` are those of a Recipe."""
-    return run(Recipe(model=str(model), **fields), out)
+def quantize(model: str | Path, *, out: str | Path, workers: int = 1, address: str = "", **fields: Any) -> Path:
+    """Quantize ``model`` (a folder or a name on the hub) into the folder ``out``; ``fields`` are those of a Recipe, the others as
+    in :func:`run`."""
+    return run(Recipe(model=str(model), **fields), out, workers=workers, address=address)
 
 
 def check(recipe: Recipe) -> Checkpoint:
@@ -65,29 +74,45 @@ def check(recipe: Recipe) -> Checkpoint:
                 f"method {preparer.name!r} cannot act on family {family.name!r}: none of its sites is {missing[0]} "
                 "(microbat.models.base.Site). Choose another method, or say so in the family's file if one is."
             )
+    if image_pairs.are_pairs(recipe.calibration):
+        image_pairs.check(recipe.calibration, checkpoint)
+    wanted = {
+        stack
+        for stack, name in checkpoint.blocks
+        if not all(scheme.ignores(f"{name}.{path}") for path in linear_layers(stack))
+    }
+    unreached = [stack for stack in family.towers if stack in wanted and not image_pairs.are_pairs(recipe.calibration)]
+    if unreached:
+        raise ValueError(
+            f"calibration {recipe.calibration!r} is text, which does not reach {unreached[0].blocks}: give --calibration a "
+            f"folder of images with a .jsonl, or leave them in float with --ignore 're:^{re.escape(unreached[0].blocks)}'"
+        )
+    blocks = (role.format.block for role in (scheme.weight, scheme.activation) if role is not None)
+    checkpoint = padded(checkpoint, wanted, math.lcm(*(block or 1 for block in blocks)))
     preflight(checkpoint, scheme, (*preparers, solver))
     for preparer in preparers:
-        if preparer.distills:
-            _check_memory(checkpoint, preparer, pick_device(recipe.device))
+        if preparer.whole_model:
+            what = f"method {preparer.name!r} {preparer.whole_model.why}"
+            _check_fits(what, 4 * preparer.whole_model.copies, checkpoint, pick_device(recipe.device))
     return checkpoint
 
 
-def _check_memory(checkpoint: Checkpoint, preparer: Preparer, device: torch.device) -> None:
-    """Raise where the float and the quantized model, 4 bytes a weight each, are more than the whole memory of ``device``."""
-    needed = 2 * 4 * sum(parameter.numel() for parameter in checkpoint.skeleton().parameters())
-    there = _memory(device)
+def _check_fits(what: str, size: int, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Raise ValueError where the whole model, ``size`` bytes a number, is more than all the memory of ``device``."""
+    needed, there = size * checkpoint.num_parameters, total_memory(device)
     if needed > there:
         raise ValueError(
-            f"method {preparer.name!r} distills the whole model at once: two models of {needed / 2e9:.1f} GB do not fit the "
-            f"{there / 1e9:.1f} GB of {device}. --set distill_epochs=0 trains block by block alone."
+            f"{what}; the whole model has to be in memory for that: {needed / 1e9:.1f} GB, and {device} has {there / 1e9:.1f} GB"
         )
 
 
-def _memory(device: torch.device) -> int:
-    """All the memory that there is, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def in_order(recipe: Recipe) -> str:
+    """Why blocks are calibrated one after the other, in a sentence; empty where workers can prepare them side by side."""
+    preparers, solver = recipe.methods()
+    for method in preparers:
+        if method.in_order:
+            return f"{method.name} {method.in_order}"
+    return "" if preparers else f"{solver.name} trains nothing"
 
 
 def coverage(recipe: Recipe) -> list[Covered]:
@@ -95,12 +120,21 @@ def coverage(recipe: Recipe) -> list[Covered]:
     return calibration_coverage.coverage(check(recipe), recipe.parsed_scheme())
 
 
-def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: str = "") -> Path:
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    tokens: Path | None = None,
+    title: str = "",
+    workers: int = 1,
+    address: str = "",
+) -> Path:
     """Quantize ``recipe.model`` into the folder ``out`` and return it.
 
     Work in progress lies in ``<out>.partial``; a run that was interrupted goes on at the block where it stopped.
     ``tokens`` is a file of calibration tokens, as :func:`write_tokens` makes it, instead of tokens of this run's own.
-    ``title`` stands before the progress bar.
+    ``title`` stands before the progress bar. ``workers`` processes of this machine, or of the Ray cluster at ``address``, prepare
+    blocks side by side where the recipe allows it (:func:`in_order`); the bytes are those of one.
     Raises ValueError for whatever is wrong with the request, before anything is computed.
     """
     started = time.perf_counter()
@@ -110,9 +144,14 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
     checkpoint = check(recipe)
     preparers, solver = recipe.methods()
     scheme = recipe.parsed_scheme()
-    partial = _open_partial(out, recipe, checkpoint)
+    crew = None if in_order(recipe) else Workers.of(workers, address)
     device = pick_device(recipe.device)
-    calibration = _calibration(recipe, checkpoint, tokens or partial / TOKENS_FILE, device)
+    partial = out.with_name(out.name + ".partial")
+    tokens_file = tokens or partial / TOKENS_FILE
+    if recipe.calibration == "self" and not tokens_file.is_file():
+        _check_fits(SELF_CALIBRATION, 2, checkpoint, device)
+    _open_partial(partial, recipe, checkpoint)
+    calibration = _calibration(recipe, checkpoint, tokens_file, device)
     checkpoint = _rotated(recipe, checkpoint, preparers, scheme, calibration, device, partial)
     job = Job(
         checkpoint=checkpoint,
@@ -120,13 +159,16 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
         preparers=preparers,
         solver=solver,
         tokens=calibration.tokens,
+        pairs=calibration.pairs,
         seed=recipe.seed,
         precision=_precision(recipe.precision, device),
         device=device,
+        scratch=partial,
     )
     keeper = _FolderKeeper(partial)
-    with _progress(title or f"{recipe.method} {scheme.text}", checkpoint.num_blocks) as progress:
-        records = list(calibrate(job, keeper, _picture, progress))
+    ahead = crew and crew.ahead(keeper.has)
+    with _progress(title or f"{recipe.method} {scheme.text}", len(checkpoint.blocks)) as progress:
+        records = _most_telling(calibrate(job, keeper, _picture, progress, ahead))
     distilled = _distilled(recipe, job, partial)
     floats = {name: checkpoint.tensor(name) for name in checkpoint.names if not checkpoint.in_block(name)}
     folders.write_other(partial / folders.OTHER_SHARD, floats)
@@ -134,10 +176,12 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
         "recipe": to_json(recipe),
         "methods": [describe(m) for m in (*preparers, solver)],
         "calibration_fingerprint": calibration.fingerprint,
+        **({"calibration_skipped": list(calibration.skipped)} if calibration.skipped else {}),
         "precision": job.precision,
         "versions": _versions(),
     }
-    report = _report(recipe, job, records, partial, made, time.perf_counter() - started)
+    others = sum(tensor.numel() for tensor in floats.values())
+    report = _report(recipe, job, records, others, partial, made, time.perf_counter() - started)
     report["distillation"] = distilled
     folders.finish(
         partial,
@@ -159,7 +203,10 @@ def run(recipe: Recipe, out: str | Path, *, tokens: Path | None = None, title: s
 def write_tokens(recipe: Recipe, file: Path) -> None:
     """Make the calibration tokens of ``recipe`` in ``file``, for runs that share them, where it is not there yet."""
     if not file.is_file():
-        _calibration(recipe, Checkpoint(resolve(recipe.model)), file, pick_device(recipe.device))
+        checkpoint, device = Checkpoint(resolve(recipe.model)), pick_device(recipe.device)
+        if recipe.calibration == "self":
+            _check_fits(SELF_CALIBRATION, 2, checkpoint, device)
+        _calibration(recipe, checkpoint, file, device)
 
 
 def load(
@@ -174,10 +221,8 @@ def load(
     path = resolve(folder)
     if folders.is_microbat_folder(path):
         return load_folder(path, dtype=dtype, device=device, backend=backend)
-    Checkpoint(path)  # a damaged checkpoint shows here, with its name
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    checkpoint = Checkpoint(path)  # a damaged checkpoint shows here, with its name
+    return checkpoint.auto.from_pretrained(path, dtype=dtype).to(device).eval()
 
 
 def generate(
@@ -231,12 +276,12 @@ class _FolderKeeper:
     def __init__(self, partial: Path):
         self.partial = partial
 
-    def load(self, index: int) -> tuple[QuantBlock, dict[str, Tensor], Record] | None:
-        shard = self.partial / folders.block_shard(index)
-        if not shard.is_file():
-            return None
+    def has(self, index: int) -> bool:
+        return (self.partial / folders.block_shard(index)).is_file()
+
+    def load(self, index: int) -> tuple[QuantBlock, dict[str, Tensor], Record]:
         record = Record(**json.loads(self._record(index).read_text()))
-        stored = folders.read_block(shard)
+        stored = folders.read_block(self.partial / folders.block_shard(index))
         return stored.quantized, stored.floats, record
 
     def save(self, index: int, block: QuantBlock, module: nn.Module, record: Record) -> None:
@@ -244,8 +289,8 @@ class _FolderKeeper:
         path = self.partial / folders.block_shard(index)
         folders.write_block(path, record.name, block, folders.float_tensors(module))
 
-    def finish(self, tokens: Tensor, outputs: Tensor) -> None:
-        folders.write_proof(self.partial / folders.PROOF, tokens, outputs)
+    def finish(self, sample: Sample, outputs: Tensor) -> None:
+        folders.write_proof(self.partial / folders.PROOF, sample, outputs)
 
     def record_files(self) -> list[Path]:
         return sorted(self.partial.glob("record-*.json"))
@@ -254,9 +299,8 @@ class _FolderKeeper:
         return self.partial / f"record-{index:03d}.json"
 
 
-def _open_partial(out: Path, recipe: Recipe, checkpoint: Checkpoint) -> Path:
-    """The folder for work in progress: new, or that of the same recipe interrupted earlier."""
-    partial = out.with_name(out.name + ".partial")
+def _open_partial(partial: Path, recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Make the folder for work in progress, or find that of the same recipe interrupted earlier."""
     run = {"recipe": to_json(recipe), "versions": _versions()}
     if partial.exists():
         file = partial / RUN_FILE
@@ -264,25 +308,31 @@ def _open_partial(out: Path, recipe: Recipe, checkpoint: Checkpoint) -> Path:
             raise ValueError(
                 f"{partial} holds an unfinished run of another recipe or version; remove it or choose another output"
             )
-        return partial
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free, needed = shutil.disk_usage(out.parent).free, checkpoint.nbytes
+        return
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    free, needed = shutil.disk_usage(partial.parent).free, checkpoint.nbytes
     if free < needed:
         raise ValueError(
-            f"{out.parent} has {free / 1e9:.1f} GB free; the checkpoint may take up to {needed / 1e9:.1f} GB"
+            f"{partial.parent} has {free / 1e9:.1f} GB free; the checkpoint may take up to {needed / 1e9:.1f} GB"
         )
     partial.mkdir()
     folders.write_json(partial / RUN_FILE, run)
-    return partial
 
 
 def _calibration(recipe: Recipe, checkpoint: Checkpoint, file: Path, device: torch.device) -> Calibration:
-    """The calibration tokens: those in ``file``, or made now and kept there for the next run."""
-    from safetensors.torch import load_file, save_file
+    """The calibration tokens or pairs: those in ``file``, or made now and kept there for the next run."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
 
     if not file.is_file():
         count, length = recipe.num_calibration_samples, recipe.max_seq_length
-        if recipe.calibration == "self":
+        generator = torch.Generator().manual_seed(recipe.seed)
+        if image_pairs.are_pairs(recipe.calibration):
+            pairs, skipped = image_pairs.samples(
+                recipe.calibration, checkpoint, count, length, generator, skip_bad=recipe.skip_bad
+            )
+            made = Calibration(pairs=pairs, skipped=skipped, source=recipe.calibration)
+        elif recipe.calibration == "self":
             with _progress("writing calibration text", 1) as progress:
                 made = calibration_data.from_model(
                     checkpoint, count, length, recipe.seed, device, lambda share: progress(0, share, 0.0)
@@ -291,11 +341,13 @@ def _calibration(recipe: Recipe, checkpoint: Checkpoint, file: Path, device: tor
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
-            generator = torch.Generator().manual_seed(recipe.seed)
             made = calibration_data.from_text(recipe.calibration, tokenizer, count, length, generator)
-        save_file({"tokens": made.tokens}, file.with_suffix(".tmp"))
+        save_file(made.tensors(), file.with_suffix(".tmp"), {"skipped": json.dumps(made.skipped)})
         os.replace(file.with_suffix(".tmp"), file)
-    return Calibration(tokens=load_file(file)["tokens"], source=recipe.calibration)
+    with safe_open(file, framework="pt") as kept:
+        tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
+        skipped = json.loads((kept.metadata() or {}).get("skipped", "[]"))
+    return Calibration.of(tensors, recipe.calibration, tuple(skipped))
 
 
 def _rotated(
@@ -318,6 +370,7 @@ def _rotated(
             data = ModelData(
                 checkpoint=checkpoint,
                 tokens=calibration.tokens,
+                pairs=calibration.pairs,
                 scheme=scheme,
                 seed=recipe.seed,
                 device=device,
@@ -338,8 +391,8 @@ def _distilled(recipe: Recipe, job: Job, partial: Path) -> dict[str, Any]:
     place when all are there. What the report says of it; nothing where no method does."""
     if not any(preparer.distills for preparer in job.preparers):
         return {}
-    marker, num = partial / DISTILLED_FILE, job.checkpoint.num_blocks
-    shards = [partial / folders.block_shard(index) for index in range(num)]
+    marker = partial / DISTILLED_FILE
+    shards = [partial / folders.block_shard(index) for index in range(len(job.checkpoint.blocks))]
     renewed = [shard.with_name(f"distilled-{shard.name}") for shard in shards]
     if not marker.is_file():
         with _progress(f"{recipe.method} distillation", 1) as progress:
@@ -360,6 +413,7 @@ def _distill(
     data = ModelData(
         checkpoint=job.checkpoint,
         tokens=job.tokens,
+        pairs=job.pairs,
         scheme=job.scheme,
         seed=job.seed,
         device=job.device,
@@ -376,9 +430,7 @@ def _distill(
         quantizers=[quantizer for block in blocks for quantizer in block.quantizers],
     )
     loss = [step for preparer in job.preparers for step in preparer.distill(data, student)]
-    family = job.checkpoint.family
-    for index, (file, block) in enumerate(zip(renewed, blocks, strict=True)):
-        name = f"{family.blocks}.{index}"
+    for (_, name), file, block in zip(job.checkpoint.blocks, renewed, blocks, strict=True):
         folders.write_block(file, name, block, folders.float_tensors(network.get_submodule(name)))
     return {"loss": loss, "seconds": time.perf_counter() - started}
 
@@ -393,8 +445,8 @@ def _prove(job: Job, shards: list[Path], proof: Path) -> None:
         lambda _, inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
     )
     with torch.autocast(job.device.type, torch.bfloat16, enabled=job.precision == "bfloat16"):
-        model(job.tokens[:1].to(job.device), use_cache=False)
-    folders.write_proof(proof, job.tokens, outputs[0].to(torch.float32))
+        model(**{name: tensor.to(job.device) for name, tensor in job.first.items()}, use_cache=False)
+    folders.write_proof(proof, job.first, outputs[0].to(torch.float32))
 
 
 def pick_device(name: str) -> torch.device:
@@ -459,15 +511,21 @@ def _versions() -> dict[str, str]:
 
 
 def _report(
-    recipe: Recipe, job: Job, records: list[Record], partial: Path, made: dict[str, Any], seconds: float
+    recipe: Recipe,
+    job: Job,
+    records: list[Record],
+    others: int,
+    partial: Path,
+    made: dict[str, Any],
+    seconds: float,
 ) -> dict[str, Any]:
+    """``others`` is how many numbers lie outside the blocks."""
     layers = [layer for record in records for layer in record.layers]
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
     code_bytes = round(sum(layer["bits"] * layer["shape"][0] * layer["shape"][1] / 8 for layer in layers))
     online_bytes = folders.online_bytes(partial)
     total = sum(file.stat().st_size for file in partial.glob("microbat-*.safetensors"))
-    worst = sorted((p for r in records for p in r.activations), key=lambda p: -_output_error(layers, p["layer"]))
-    pictures = worst[:PICTURED_LAYERS]
+    pictures = _worst(records)
     pictures += [p for p in records[-1].activations[-1:] if p not in pictures]
     role = {"weight": job.scheme.weight, "activation": job.scheme.activation, "kv_cache": job.scheme.cache}
     return {
@@ -485,11 +543,7 @@ def _report(
             "transforms": online_bytes,
             "other": total - code_bytes - online_bytes,
             "total": total,
-            "bf16_total": 2
-            * (
-                weights
-                + sum(job.checkpoint.tensor(n).numel() for n in job.checkpoint.names if not job.checkpoint.in_block(n))
-            ),
+            "bf16_total": 2 * (weights + others),
         },
         "layers": layers,
         "blocks": [
@@ -501,8 +555,22 @@ def _report(
     }
 
 
-def _output_error(layers: list[dict[str, Any]], name: str) -> float:
-    return next(layer["output_error"] for layer in layers if layer["name"] == name)
+def _most_telling(records: Iterator[Record]) -> list[Record]:
+    """All records, with the pictures of the worst layers and of the last block alone: a model has many blocks."""
+    kept: list[Record] = []
+    for record in records:
+        worst = _worst(kept)
+        for earlier in kept:
+            earlier.activations = [picture for picture in earlier.activations if picture in worst]
+        kept.append(record)
+    return kept
+
+
+def _worst(records: list[Record]) -> list[dict[str, Any]]:
+    """The pictures of the layers whose outputs are furthest off."""
+    errors = {layer["name"]: layer["output_error"] for record in records for layer in record.layers}
+    pictures = (picture for record in records for picture in record.activations)
+    return sorted(pictures, key=lambda picture: -errors[picture["layer"]])[:PICTURED_LAYERS]
 
 
 def _peak_memory() -> int:

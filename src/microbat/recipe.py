@@ -23,8 +23,8 @@ class Recipe:
     ``method`` is a preparer or a solver by name, ``solver`` the last step (empty: the method's own). ``settings`` are
     hyper-parameters by name; one that method and solver share is written ``method.name``. ``scale_rule`` empty means the
     method's, or each format's default. ``calibration`` is ``self`` (the model's own generations), a .txt or .jsonl file,
-    or a data set of the hub. ``precision`` is that of the products in calibration: ``auto`` takes bfloat16 where the
-    hardware multiplies it.
+    a folder of images with a .jsonl (``skip_bad``: images that cannot be read are left out), or a data set of the hub.
+    ``precision`` is that of the products in calibration: ``auto`` takes bfloat16 where the hardware multiplies it.
     """
 
     model: str
@@ -36,6 +36,7 @@ class Recipe:
     calibration: str = "self"
     num_calibration_samples: int = 64
     max_seq_length: int = 512
+    skip_bad: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     precision: str = "auto"

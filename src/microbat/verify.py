@@ -89,15 +89,16 @@ def verify(path: str | Path, *, engine: str = "") -> Verdict:
     except ValueError as error:
         raise Altered(str(error)) from error
     rounded = model(dtype=torch.bfloat16)
-    tokens = _tokens(path) if proof is None else proof[0][0]
+    sample = {"input_ids": _tokens(path)[None]} if proof is None else proof[0]
+    tokens, images = sample["input_ids"][0], {name: t for name, t in sample.items() if name != "input_ids"}
     layers = [name for name, module in exact.named_modules() if isinstance(module, QuantLinear)]
     try:
-        run = chosen.run(path, tokens, layers)
+        run = chosen.run(path, tokens, layers, images)
     except ImportError as error:
         raise ImportError(f"engine {chosen.name!r} is not installed ({error}): {chosen.install}") from error
-    divergence_bound = max(FLOOR, chosen.roundings * _divergence(_logits(exact, tokens), _logits(rounded, tokens)))
+    divergence_bound = max(FLOOR, chosen.roundings * _divergence(_logits(exact, sample), _logits(rounded, sample)))
     reference = {torch.float32: exact, torch.bfloat16: rounded}.get(run.dtype) or model(dtype=run.dtype)
-    expected = _logits(reference, tokens)
+    expected = _logits(reference, sample)
     alone = (
         activations is None or not instances("microbat.formats", BlockFormat)[activations["format"]].has_tensor_scale
     )
@@ -161,8 +162,8 @@ def _layer_errors(reference: nn.Module, run: Run) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    return model(tokens[None]).logits[0].to(torch.float32)
+def _logits(model: nn.Module, sample: dict[str, Tensor]) -> Tensor:
+    return model(**sample).logits[0].to(torch.float32)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """BATQuant on one real block of a tiny model: identities at its corners, and that it beats what it must beat."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,8 +21,8 @@ class Memory:
     def __init__(self):
         self.blocks = {}
 
-    def load(self, index):
-        return None
+    def has(self, index):
+        return False
 
     def save(self, index, block, module, record):
         self.blocks[index] = block
@@ -42,6 +43,7 @@ def quantize(path, preparers, solver=None, scheme="W4A4", rule="floor"):
         seed=0,
         precision="float32",
         device=torch.device("cpu"),
+        scratch=Path(),
     )
     records = list(calibrate(job, memory, lambda *a: {}, lambda *a: None))
     return memory.blocks, records

@@ -1,4 +1,7 @@
-"""With quantizers off, every method leaves the model's function as it was: GQA, tied embeddings, Qwen3's own head size."""
+"""With quantizers off, every method leaves the model's function as it was: GQA, tied embeddings, Qwen3's own head size; of
+vision-language models, on images of several sizes, towers with biases, DeepStack, windows and widths to be padded."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from microbat.linear import install
 from microbat.methods.base import ModelData, Preparer
 from microbat.methods.rtn import RTN
 from microbat.models.base import Checkpoint
+from microbat.models.padding import padded
 from microbat.models.rotation import RotatedCheckpoint
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
@@ -34,22 +38,26 @@ class Exact(QTensor):
         return self.codes
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("name", PREPARERS)
-def test_float_function_is_kept(tiny, monkeypatch, name, family):
+def test_float_function_is_kept(tiny, pairs, monkeypatch, name, family):
     exact = lambda self, x: Exact(format=self.format, codes=x, scales=x[..., :: self.format.block])  # noqa: E731
     monkeypatch.setattr(AbsMax, "fake", lambda self, x, low=None, high=None: x.to(torch.float32))
     monkeypatch.setattr(AbsMax, "quantize", exact)
     monkeypatch.setattr(Clip, "clip", lambda self, x: x)
     monkeypatch.setattr(native, "available", lambda *tensors: False)  # it would quantize in one pass with the transform
     original = Checkpoint(tiny(family) if family == "qwen3" else tiny(family, hidden_size=128))  # heads of 32 lanes
-    preparer = PREPARERS[name](**SETTINGS.get(name, {}))
+    original = padded(original, original.family.stacks, 32)
+    samples = pairs if original.family.towers else ()
+    settings = {"unit": 32} if samples and name == "micromix" else {}
+    preparer = PREPARERS[name](**SETTINGS.get(name, {}), **settings)
     tokens = torch.randint(2, 90, (4, 16), generator=torch.Generator().manual_seed(0))
     scheme = Scheme.parse("W4A4KV4")
     rotation = preparer.rotation(
         ModelData(
             checkpoint=original,
             tokens=tokens,
+            pairs=samples,
             scheme=scheme,
             seed=3,
             device=torch.device("cpu"),
@@ -61,8 +69,8 @@ def test_float_function_is_kept(tiny, monkeypatch, name, family):
     blocks = {}
 
     class Keeper:
-        def load(self, index):
-            return None
+        def has(self, index):
+            return False
 
         def save(self, index, block, module, record):
             blocks[index] = block, {k: v for k, v in module.state_dict().items() if "norm" in k or "bias" in k}
@@ -76,19 +84,26 @@ def test_float_function_is_kept(tiny, monkeypatch, name, family):
         preparers=(preparer,),
         solver=RTN(),
         tokens=tokens,
+        pairs=samples,
         seed=0,
         precision="float32",
         device=torch.device("cpu"),
+        scratch=Path(),
     )
     list(calibrate(job, Keeper(), lambda *a: {}, lambda *a: None))
-    model = checkpoint.load()
-    with torch.no_grad():
-        before = pipeline.load(original.path)(tokens).logits
-        for index, (block, norms) in blocks.items():
-            install(model.model.layers[index], block)
-            model.model.layers[index].load_state_dict(norms, strict=False)
-        after = model(tokens).logits
-    assert (before - after).abs().max() < 1e-3
+    float_model, model = pipeline.load(original.path), checkpoint.load()
+    assert sum(len(block.weights) for block, _ in blocks.values()) == {
+        "qwen3_vl": 3 * 7 + 3 * 4,
+        "qwen2_5_vl": 3 * 7 + 3 * 5,
+    }.get(family, 2 * 7)
+    for index, (block, norms) in blocks.items():
+        module = model.get_submodule(checkpoint.blocks[index][1])
+        install(module, block)
+        module.load_state_dict(norms, strict=False)
+    for sample in samples or ({"input_ids": tokens},):
+        with torch.no_grad():
+            before, after = float_model(**sample).logits, model(**sample).logits
+        assert (before - after).abs().max() < 1e-3
 
 
 def test_rotation_moves_the_stream(tiny):

@@ -25,7 +25,8 @@ class Covered:
 def coverage(checkpoint: Checkpoint, scheme: Scheme) -> list[Covered]:
     """Every matrix of the model in the model's order, but for embeddings; then what ``scheme`` ignores without effect."""
     family, model = checkpoint.family, checkpoint.skeleton()
-    known = {f"{family.blocks}.{i}.{path}" for i in range(checkpoint.num_blocks) for path in linear_layers(family)}
+    known = {f"{name}.{path}" for stack, name in checkpoint.blocks for path in linear_layers(stack)}
+    outside = tuple(f"{path}." for path in family.others)
     weights, activations = (role and role.format.name for role in (scheme.weight, scheme.activation))
     rows = []
     for name, module in model.named_modules():
@@ -41,6 +42,8 @@ def coverage(checkpoint: Checkpoint, scheme: Scheme) -> list[Covered]:
                 rows.append(Covered(layer=layer, shape=shape, weights=weights, activations=activations))
             elif name == family.head:
                 rows.append(Covered(layer=layer, shape=shape, reason="the output head stays in float"))
+            elif f"{name}.".startswith(outside):
+                rows.append(Covered(layer=layer, shape=shape, reason="outside the blocks: stays in float"))
             else:
                 reason = f"family {family.name!r} does not know it"
                 rows.append(Covered(layer=layer, shape=shape, reason=reason, surprise=True))

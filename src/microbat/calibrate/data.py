@@ -1,8 +1,8 @@
-"""Calibration data: token sequences of one length with a fingerprint of what they hold.
+"""Calibration data: token sequences of one length, or images with questions, and a fingerprint of what they hold.
 
 ``self`` (the default, nothing to download) is text that the float model writes itself, as in the paper: each sequence
 starts from a random token (LLM-QAT, arXiv 2305.17888) and is sampled at temperature 1. A path names a text or jsonl
-file; anything else is a data set of the hub.
+file, or a folder of images (:mod:`microbat.calibrate.pairs`); anything else is a data set of the hub.
 """
 
 # Shapes: S sequences, L tokens.
@@ -10,13 +10,15 @@ file; anything else is a data set of the hub.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from microbat.calibrate.pairs import HUB_PAIRS, are_pairs
+from microbat.calibrate.stream import Sample
 from microbat.models.base import Checkpoint
 from microbat.registry import unknown
 
@@ -30,23 +32,48 @@ GENERATION_BATCH = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """``tokens`` int64 [S, L] and where they came from."""
+    """``tokens`` int64 [S, L], or ``pairs`` of images and text, and where they came from; ``skipped`` says of each pair that was
+    left out why."""
 
-    tokens: Tensor
     source: str
+    tokens: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+    pairs: tuple[Sample, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.tokens.to(torch.int32).numpy().tobytes()).hexdigest()[:16]
+        if not self.pairs:
+            return hashlib.sha256(self.tokens.to(torch.int32).numpy().tobytes()).hexdigest()[:16]
+        state = hashlib.sha256()
+        for tensor in (sample[name] for sample in self.pairs for name in sorted(sample)):
+            state.update(tensor.contiguous().numpy().tobytes())
+        return state.hexdigest()[:16]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file keeps of it, by name: :meth:`of` reads it back."""
+        return {f"{row}.{name}": t for row, sample in enumerate(self.pairs) for name, t in sample.items()} or {
+            "tokens": self.tokens
+        }
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], source: str, skipped: tuple[str, ...] = ()) -> "Calibration":
+        if "tokens" in tensors:
+            return cls(tokens=tensors["tokens"], source=source)
+        pairs: dict[int, Sample] = {}
+        for key, tensor in tensors.items():
+            row, _, name = key.partition(".")
+            pairs.setdefault(int(row), {})[name] = tensor
+        return cls(pairs=tuple(pairs[row] for row in sorted(pairs)), source=source, skipped=skipped)
 
 
 def check_source(source: str) -> None:
-    """Raise for a source that is neither ``self``, a file, nor a known data set."""
+    """Raise for a source that is neither ``self``, a file, a folder, nor a known data set."""
     path = Path(source)
-    if source != "self" and not path.is_file() and source not in HUB_TEXTS:
+    if source != "self" and not path.is_file() and not are_pairs(source) and source not in HUB_TEXTS:
         if path.suffix:
             raise ValueError(f"calibration file {source!r} does not exist")
-        raise unknown("calibration source", source, ["self", *HUB_TEXTS, "path/to/file.txt or .jsonl"])
+        known = ["self", *HUB_TEXTS, *HUB_PAIRS, "path/to/file.txt or .jsonl", "path/to/folder of images"]
+        raise unknown("calibration source", source, known)
 
 
 def from_text(source: str, tokenizer: Any, num_sequences: int, length: int, generator: torch.Generator) -> Calibration:
@@ -72,10 +99,9 @@ def from_model(
     progress: Callable[[float], None],
 ) -> Calibration:
     """Sequences that the float model writes itself, from random first tokens, at temperature 1."""
-    from transformers import AutoModelForCausalLM
     from transformers.generation import StoppingCriteriaList
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.bfloat16).to(device).eval()
+    model = checkpoint.auto.from_pretrained(checkpoint.path, dtype=torch.bfloat16).to(device).eval()
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(vocabulary, (num_sequences, 1), generator=generator)

@@ -3,16 +3,22 @@
 For each block: load its float weights; compute its float targets; let the preparer train; solve each linear layer in
 the order of the data flow, on statistics of the inputs as quantized so far; swap; measure; hand the result to the
 keeper; go on. Two streams of activations travel along, the float model's and the quantized model's; of the model itself
-only one block is in memory. A block that the keeper already has is not calibrated again, only run.
+one block is in memory. A block that the keeper already has is not calibrated again, only run. Where a method prepares
+blocks from the float model alone, others may prepare them ahead (:mod:`microbat.calibrate.workers`).
+
+A model with a vision tower has several stacks of blocks, walked in the order of execution: what the language model gets
+from the tower is quantized in one stream and float in the other.
 """
 
-# Shapes: S sequences, L tokens, K width.
+# Shapes: S sequences, L tokens, K width, R some of the sequences.
 
 import contextlib
+import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,12 +26,14 @@ from torch import Tensor, nn
 
 from microbat.calibrate.fake import faked, transformed
 from microbat.calibrate.inputs import SiteStream, correction, statistics, watch
+from microbat.calibrate.memory import allocate
+from microbat.calibrate.stream import Activations, Passage, Sample, passage
 from microbat.formats.block import QTensor
 from microbat.formats.composite import Composite, format_name
 from microbat.kv import KVQuantizer
 from microbat.linear import QuantBlock, QuantLinear, QuantSite, SiteInput, install
 from microbat.methods.base import Method, Plan, Preparer, Quant, SitePlan, Solver
-from microbat.models.base import Checkpoint, linear_layers
+from microbat.models.base import Checkpoint, Stack, linear_layers
 from microbat.quantizers.clip import Clip
 from microbat.quantizers.mixed import Mixed
 from microbat.quantizers.residual import facing
@@ -38,7 +46,10 @@ MEASURED_SEQUENCES = 4  # per-layer errors and activation pictures come from the
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to calibrate and how. ``tokens`` is int64 [S, L]; ``batch`` sequences run at once where nothing is trained."""
+    """What to calibrate and how, on ``tokens`` int64 [S, L] or, where there are any, on ``pairs`` of images and text.
+
+    ``batch`` sequences run at once where nothing is trained. Activations that memory does not hold go below ``scratch``.
+    """
 
     checkpoint: Checkpoint
     scheme: Scheme
@@ -48,7 +59,14 @@ class Job:
     seed: int
     precision: Precision
     device: torch.device
+    scratch: Path
     batch: int = 4
+    pairs: tuple[Sample, ...] = ()
+
+    @property
+    def first(self) -> Sample:
+        """What the model is called with for the first sample."""
+        return self.pairs[0] if self.pairs else {"input_ids": self.tokens[:1]}
 
 
 @dataclass(kw_only=True)
@@ -67,14 +85,51 @@ class Record:
 class Keeper(Protocol):
     """Where finished blocks go, and come back from when a run is resumed, with their float tensors by name."""
 
-    def load(self, index: int) -> tuple[QuantBlock, dict[str, Tensor], Record] | None: ...
+    def has(self, index: int) -> bool: ...
+
+    def load(self, index: int) -> tuple[QuantBlock, dict[str, Tensor], Record]: ...
 
     def save(self, index: int, block: QuantBlock, module: nn.Module, record: Record) -> None: ...
 
-    def finish(self, tokens: Tensor, outputs: Tensor) -> None:
-        """``outputs`` [S, L, K] is what the last quantized block made of ``tokens`` [S, L]."""
+    def finish(self, sample: Sample, outputs: Tensor) -> None:
+        """``outputs`` [1, L, K] is what the last quantized block made of ``sample``."""
 
 
+Call = tuple[tuple, dict[str, Any]]  # what the model passes to a block beside its input
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """What preparers left of a block: their plan, the block's tensors that they replaced, by name, and the state of its
+    random numbers, for what is drawn later."""
+
+    plan: Plan
+    tensors: dict[str, Tensor]
+    generator: Tensor
+    seconds: float
+
+
+@dataclass(kw_only=True)
+class FloatBlock:
+    """A block of the float model: its inputs, which may be the very targets of the block before (``follows``), and targets; what
+    the model calls it with besides (``calls``, one for each sample, or one for all); its weights where they are at hand, and
+    what preparers left where they were here before.
+
+    The streams are good until the next block is asked for.
+    """
+
+    index: int
+    name: str
+    stack: Stack
+    calls: Sequence[Call]
+    inputs: Activations
+    targets: Activations
+    follows: bool
+    module: nn.Module | None = None
+    prepared: Prepared | None = None
+
+
+Ahead = Callable[[Job, Iterator[FloatBlock]], Iterator[FloatBlock]]
 Observer = Callable[[str, Tensor, Tensor, Quant], dict[str, Any]]
 Progress = Callable[[int, float, float], None]
 
@@ -82,12 +137,14 @@ Progress = Callable[[int, float, float], None]
 class _Data:
     """One block's data, as methods see it (:class:`microbat.methods.base.BlockData`)."""
 
-    def __init__(self, job: Job, index: int, block: nn.Module, runner: "_Runner", progress: Progress):
-        self.index, self.block, self.head_dim = index, block, job.checkpoint.head_dim
-        self.generator = torch.Generator().manual_seed(job.seed * 1_000_003 + index)
-        self.progress = lambda done, loss: progress(index, done, loss)
-        self._runner = runner
-        self.inputs = self.float_inputs = self.targets = torch.empty(0)
+    inputs: Activations  # not there while a block is prepared that need not wait for it
+
+    def __init__(self, job: Job, given: FloatBlock, block: nn.Module, progress: Progress):
+        self.index, self.block, self.head_dim = given.index, block, job.checkpoint.lanes(given.stack)
+        self.rotates, self.float_inputs, self.targets = given.stack.rotates, given.inputs, given.targets
+        self.generator = torch.Generator().manual_seed(job.seed * 1_000_003 + given.index)
+        self.progress = lambda done, loss: progress(given.index, done, loss)
+        self._stack, self._runner = given.stack, _Runner(job, given.stack, given.calls, given.inputs.lengths)
 
     def absmax(self, path: str) -> Tensor:
         linear = self.block.get_submodule(path)
@@ -98,43 +155,58 @@ class _Data:
     def watch(self, seen: dict[str, Callable[[Tensor], Any]]) -> None:
         with contextlib.ExitStack() as stack:
             for path, see in seen.items():
-                keep = lambda inputs, output, see=see: see(inputs[0].to(torch.float32))  # noqa: E731
+                keep = lambda inputs, output, see=see: see(_sequences(inputs[0]).to(torch.float32))  # noqa: E731
                 stack.enter_context(watch(self.block.get_submodule(path), keep))
-            self._runner.run(self.block, self.float_inputs)
+            for _ in self._runner.outputs(self.block, self.float_inputs):
+                pass
 
-    def faked(self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False) -> Callable[[Tensor], Tensor]:
+    def faked(
+        self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         for site in plan.sites:
             for module in (site.transform, site.activation, *site.weights.values(), plan.kv):
                 if isinstance(module, nn.Module):
                     module.to(self._runner.job.device)
 
-        def function(x: Tensor) -> Tensor:
+        def function(x: Tensor, rows: Tensor) -> Tensor:
             with faked(self.block, plan, weights, rounded) as block:
-                return self._runner.step(block, x)
+                return self._runner.step(block, x, rows)
 
         return function
 
 
 class _Runner:
-    """Runs blocks: the keyword arguments that the model passes to each, the precision, the batches."""
+    """Runs a block: what the model passes to it beside its input, the precision, the batches."""
 
-    def __init__(self, job: Job, arguments: dict[str, Any]):
-        self.job, self.arguments = job, arguments
+    def __init__(self, job: Job, stack: Stack, calls: Sequence[Call], lengths: tuple[int, ...]):
+        self.job, self.stack, self.calls, self.lengths = job, stack, calls, lengths
 
-    def step(self, block: nn.Module, x: Tensor) -> Tensor:
+    def step(self, block: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
+        """What ``block`` makes of samples ``rows``: ``x`` and the result are [R, L, K], or [T, K] where lengths differ."""
         device = self.job.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.job.precision == "bfloat16"):
-            output = block(x, **self.arguments)
+            if not self.job.pairs:
+                return self._call(block, x, self.calls[0])
+            lengths = [self.lengths[row] for row in rows.tolist()]
+            samples = zip(x.split(lengths), rows.tolist(), strict=True)
+            if self.stack.sequences:
+                return torch.cat([self._call(block, own[None], self.calls[row])[0] for own, row in samples])
+            return torch.cat([self._call(block, own, self.calls[row]) for own, row in samples])
+
+    def _call(self, block: nn.Module, x: Tensor, call: Call) -> Tensor:
+        output = block(x, *call[0], **call[1])
         return (output[0] if isinstance(output, tuple) else output).to(torch.float32)
 
     @torch.no_grad()
-    def run(self, block: nn.Module, x_SLK: Tensor) -> Tensor:
-        return torch.cat([self.step(block, rows) for rows in x_SLK.split(self.job.batch)])
+    def outputs(self, block: nn.Module, x: Activations) -> Iterator[tuple[Tensor, Tensor]]:
+        """What ``block`` makes of ``x``, a few samples at a time, and which they are."""
+        for rows in x.batches(self.job.batch):
+            yield rows, self.step(block, x[rows], rows)
 
 
 def preflight(checkpoint: Checkpoint, scheme: Scheme, methods: Iterable[Method] = ()) -> None:
     """Raise before any work where a layer does not fit the scheme or one of ``methods``, naming the layer."""
-    family, lanes = checkpoint.family, checkpoint.head_dim
+    lanes = checkpoint.head_dim
     if scheme.cache and scheme.cache.format.block and lanes % scheme.cache.format.block:
         raise ValueError(
             f"the cache: a head has {lanes} lanes, not a multiple of {scheme.cache.format.name}'s block of "
@@ -142,10 +214,10 @@ def preflight(checkpoint: Checkpoint, scheme: Scheme, methods: Iterable[Method] 
             "block divides it."
         )
     model = checkpoint.skeleton()
-    blocks = model.get_submodule(family.blocks)
-    for index, block in enumerate(blocks):
-        for path in linear_layers(family):
-            name = f"{family.blocks}.{index}.{path}"
+    for stack, place in checkpoint.blocks:
+        block = model.get_submodule(place)
+        for path in linear_layers(stack):
+            name = f"{place}.{path}"
             linear = block.get_submodule(path)
             for quantizer in (scheme.weight, scheme.activation):
                 size = quantizer.format.block if quantizer and not scheme.ignores(name) else None
@@ -162,46 +234,149 @@ def preflight(checkpoint: Checkpoint, scheme: Scheme, methods: Iterable[Method] 
                     raise ValueError(f"layer {name!r}: {error}") from error
 
 
-def calibrate(job: Job, keeper: Keeper, observe: Observer, progress: Progress) -> Iterator[Record]:
-    """Quantize the model of ``job`` block by block; yields each block's record when its result is kept."""
-    checkpoint, family = job.checkpoint, job.checkpoint.family
-    model = checkpoint.skeleton()
-    blocks = model.get_submodule(family.blocks)
-    quantized, arguments = _first_inputs(job, model)
-    runner = _Runner(job, arguments)
-    original = quantized
-    for index in range(len(blocks)):
-        started = time.perf_counter()
-        name = f"{family.blocks}.{index}"
-        block = checkpoint.load_into(blocks[index], name).to(job.device)
-        data = _Data(job, index, block, runner, progress)
-        data.inputs, data.float_inputs, data.targets = quantized, original, runner.run(block, original)
-        _check_finite(data.targets, f"the outputs of {name}")
-        kept = keeper.load(index)
-        if kept is None:
-            block_result, record = _quantize_block(job, data, name, observe)
-            install(block, block_result)
-            outputs = runner.run(block, quantized)
-            record.error = _drift(outputs, data.targets)
-            record.seconds = time.perf_counter() - started
-            keeper.save(index, block_result, block, record)
-        else:
-            block_result, floats, record = kept
-            install(block, block_result)
-            block.load_state_dict({k: t.to(job.device) for k, t in floats.items()}, strict=False, assign=True)
-            outputs = runner.run(block, quantized)
-        _check_finite(outputs, f"the quantized outputs of {name}")
-        quantized, original = outputs, data.targets
-        blocks[index] = nn.Identity()  # its memory goes; the keeper has what it needs
-        progress(index, 1.0, record.error)
-        yield record
-    keeper.finish(job.tokens, quantized)
+def calibrate(
+    job: Job, keeper: Keeper, observe: Observer, progress: Progress, ahead: Ahead | None = None
+) -> Iterator[Record]:
+    """Quantize the model of ``job`` block by block; yields each block's record when its result is kept. ``ahead`` has blocks
+    prepared before their turn."""
+    model = job.checkpoint.skeleton()
+    floats = _float_blocks(job, model)
+    if ahead is not None:
+        floats = ahead(job, floats)
+    towers: _Towers = {}
+    for stack, own in _stacks(job):
+        if _unreached(job, stack):
+            for index, name in own:
+                yield _carried(job, model, index, name, keeper)
+            continue
+        through, (quantized,) = _enter(job, model, stack, towers, 1)
+        for position, (index, _) in enumerate(own):
+            record = _calibrate_block(job, next(floats), model, quantized, keeper, observe, progress)
+            through.leave(position, quantized)
+            progress(index, 1.0, record.error)
+            yield record
+    keeper.finish(job.first, _sequences(quantized[torch.tensor([0])]))
 
 
-def _quantize_block(job: Job, data: _Data, name: str, observe: Observer) -> tuple[QuantBlock, Record]:
-    plan = _initial_plan(job, name)
+def _stacks(job: Job) -> Iterator[tuple[Stack, list[tuple[int, str]]]]:
+    """Every stack with the numbers and names of its blocks, in the order of execution."""
+    for stack in job.checkpoint.family.stacks:
+        yield stack, [(i, name) for i, (of, name) in enumerate(job.checkpoint.blocks) if of is stack]
+
+
+def _unreached(job: Job, stack: Stack) -> bool:
+    """Whether no calibration sample runs through ``stack``."""
+    return stack in job.checkpoint.family.towers and not job.pairs
+
+
+def _load(job: Job, model: nn.Module, name: str) -> nn.Module:
+    """A block with its float weights; the skeleton ``model`` stays empty."""
+    return job.checkpoint.load_into(copy.deepcopy(model.get_submodule(name)), name).to(job.device)
+
+
+def _float_blocks(job: Job, model: nn.Module) -> Iterator[FloatBlock]:
+    """The float model's blocks in order. Two streams take turns: what a block makes is what the next one gets."""
+    towers: _Towers = {}
+    for stack, own in _stacks(job):
+        if _unreached(job, stack):
+            continue
+        through, (inputs, targets) = _enter(job, model, stack, towers, 2)
+        for position, (index, name) in enumerate(own):
+            calls = [passage.calls[position] for passage in through.passages]
+            follows = position > 0 and not through.adds(position - 1)
+            result = FloatBlock(
+                index=index, name=name, stack=stack, calls=calls, inputs=inputs, targets=targets, follows=follows
+            )
+            result.module = _load(job, model, name)
+            for rows, output in _Runner(job, stack, calls, inputs.lengths).outputs(result.module, inputs):
+                _check_finite(output, f"the outputs of {name}")
+                targets.write(rows, output)
+            yield result
+            result.module = None  # its memory goes before the next one's comes
+            through.leave(position, targets)
+            inputs, targets = targets, inputs
+
+
+def _calibrate_block(
+    job: Job,
+    given: FloatBlock,
+    model: nn.Module,
+    quantized: Activations,
+    keeper: Keeper,
+    observe: Observer,
+    progress: Progress,
+) -> Record:
+    """Quantize one block, or take it from the keeper, and replace the stream ``quantized`` by what it makes of it."""
+    started = time.perf_counter()
+    block = given.module if given.module is not None else _load(job, model, given.name)
+    kept = keeper.load(given.index) if keeper.has(given.index) else None
+    if kept is None:
+        result, record = _quantize_block(job, _Data(job, given, block, progress), quantized, given, observe)
+        install(block, result)
+    else:
+        result, floats, record = kept
+        install(block, result)
+        block.load_state_dict({k: t.to(job.device) for k, t in floats.items()}, strict=False, assign=True)
+    distances = []
+    for rows, output in _Runner(job, given.stack, given.calls, quantized.lengths).outputs(block, quantized):
+        _check_finite(output, f"the quantized outputs of {given.name}")
+        distances.append(_distance(output, given.targets[rows]).flatten())
+        quantized.write(rows, output)
+    if kept is None:
+        record.error = torch.cat(distances).mean().item()
+        record.seconds += time.perf_counter() - started
+        keeper.save(given.index, result, block, record)
+    return record
+
+
+def prepare_block(job: Job, given: FloatBlock) -> Prepared:
+    """Prepare a block by itself, from the float model alone."""
+    started = time.perf_counter()
+    block = _load(job, job.checkpoint.skeleton(), given.name)
+    before = block.state_dict()
+    data = _Data(job, given, block, lambda index, done, loss: None)
+    plan = _prepare(job, data, given.name)
+    return Prepared(
+        plan=plan,
+        tensors={key: t for key, t in block.state_dict().items() if before[key].data_ptr() != t.data_ptr()},
+        generator=data.generator.get_state(),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _prepare(job: Job, data: _Data, name: str) -> Plan:
+    plan = _initial_plan(job, data._stack, name)
     for preparer in job.preparers:
         plan = preparer.prepare(data, plan, job.solver)
+    return plan
+
+
+def _carried(job: Job, model: nn.Module, index: int, name: str, keeper: Keeper) -> Record:
+    """A block of a tower that no calibration sample reaches: kept as it is."""
+    if keeper.has(index):
+        return keeper.load(index)[2]
+    block = copy.deepcopy(model.get_submodule(name))
+    block.load_state_dict(job.checkpoint.tensors(name), assign=True)
+    record = Record(name=name, index=index, error=0.0, seconds=0.0, loss=[], layers=[])
+    keeper.save(index, QuantBlock(sites=(), weights={}), block, record)
+    return record
+
+
+def _quantize_block(
+    job: Job, data: _Data, quantized: Activations, given: FloatBlock, observe: Observer
+) -> tuple[QuantBlock, Record]:
+    name = given.name
+    if given.prepared is not None:
+        plan = given.prepared.plan
+        data.block.load_state_dict(given.prepared.tensors, strict=False, assign=True)
+        data.generator.set_state(given.prepared.generator)
+        data.inputs = quantized
+    elif any(preparer.in_order for preparer in job.preparers):
+        data.inputs = quantized
+        plan = _prepare(job, data, name)
+    else:  # what could be prepared elsewhere sees here what it would see there
+        plan = _prepare(job, data, name)
+        data.inputs = quantized
     weights = {path: data.block.get_submodule(path).weight for site in plan.sites for path in site.weights}
     attention = data.block.get_submodule(plan.attention)
     frozen, attention.kv = _frozen(plan)
@@ -218,16 +393,17 @@ def _quantize_block(job: Job, data: _Data, name: str, observe: Observer) -> tupl
         QuantSite(name=p.site.name, consumers=tuple(p.weights), transform=p.transform, quantizer=p.activation)
         for p in frozen
     )
-    record = Record(name=name, index=data.index, error=0.0, seconds=0.0, loss=plan.loss, layers=layers)
+    seconds = given.prepared.seconds if given.prepared else 0.0
+    record = Record(name=name, index=data.index, error=0.0, seconds=seconds, loss=plan.loss, layers=layers)
     record.activations = activations
     quantized = QuantBlock(sites=sites, weights=codes, kv=attention.kv, attention=plan.attention, biases=biases)
     return quantized, record
 
 
-def _initial_plan(job: Job, name: str) -> Plan:
-    family, cache = job.checkpoint.family, job.scheme.cache
-    plan = Plan(sites=[], kv=cache and KVQuantizer(cache, cache), attention=family.attention)
-    for site in family.sites:
+def _initial_plan(job: Job, stack: Stack, name: str) -> Plan:
+    cache = job.scheme.cache if stack.caches else None
+    plan = Plan(sites=[], kv=cache and KVQuantizer(cache, cache), attention=stack.attention)
+    for site in stack.sites:
         kept = [path for path in site.consumers if not job.scheme.ignores(f"{name}.{path}")]
         if kept and job.scheme.weight is not None:
             plan.sites.append(
@@ -295,7 +471,7 @@ def _solve(job: Job, data: _Data, plans: list[SitePlan], weights: dict[str, Tens
         for plan in plans:
             stream = _stream(job, data, plan, inputs[plan.site.name], originals)
             shift = correction(stream, job.preparers) if solved.codes else None
-            own = {path: targets[path] for path in plan.weights}
+            own = {path: targets.pop(path) for path in plan.weights}
             found = job.solver.solve_site(own, plan.weights, statistics(stream, job.solver.needs, shift))
             order = next(iter(found.values())).order
             if order is not None:
@@ -303,13 +479,13 @@ def _solve(job: Job, data: _Data, plans: list[SitePlan], weights: dict[str, Tens
                 shift = None if shift is None else shift[order]
                 site = SiteInput(plan.transform, plan.activation, num_consumers=len(plan.weights))
                 for path in plan.weights:
-                    targets[path], block.get_submodule(path).site = targets[path][:, order], site
+                    own[path], block.get_submodule(path).site = own[path][:, order], site
             for path, solution in found.items():
                 rounded, notes = solution.weight.dequantize(), dict(solution.notes)
                 solved.codes[path], solved.notes[path] = facing(plan.activation, solution.weight), notes
                 linear = block.get_submodule(path)
                 linear.weight = facing(plan.activation, rounded)
-                notes["weight_error"] = _ratio(rounded - targets[path], targets[path])
+                notes["weight_error"] = _ratio(rounded - own[path], own[path])
                 if shift is not None:
                     bias = rounded @ shift
                     solved.biases[path] = bias if linear.bias is None else bias + linear.bias
@@ -326,11 +502,14 @@ def _stream(job: Job, data: _Data, plan: SitePlan, site: SiteInput, originals: d
         plan=plan,
         site=site,
         originals=originals,
-        attention=data.block.get_submodule(job.checkpoint.family.attention),
+        attention=data.block.get_submodule(data._stack.attention),
         step=data._runner.step,
         inputs=data.inputs,
         float_inputs=data.float_inputs,
-        batch=job.batch,
+        device=job.device,
+        batch=1
+        if data.inputs.lengths
+        else job.batch,  # a block that stops has seen one sample of those that go one by one
     )
 
 
@@ -376,7 +555,9 @@ def _measure(
             first = data.block.get_submodule(next(iter(plan.weights)))
             keep = lambda inputs, output, key=plan.site.name: seen.setdefault(key, inputs[0])  # noqa: E731
             stack.enter_context(watch(first, keep))
-        data._runner.run(data.block, data.inputs[:MEASURED_SEQUENCES])
+        rows = torch.arange(min(MEASURED_SEQUENCES, len(data.inputs)))
+        with torch.no_grad():
+            data._runner.step(data.block, data.inputs[rows], rows)
     layers: list[dict[str, Any]] = []
     viewed: dict[str, tuple[SitePlan, Quant]] = {}
     for plan in plans:
@@ -407,7 +588,7 @@ def _measure(
                 viewed[f"{name}.{path}"] = plan, plan.activation
     errors = {layer["name"]: layer["output_error"] for layer in layers}
     wanted = [max(viewed, key=errors.__getitem__)] if viewed else []
-    if data.index == job.checkpoint.num_blocks - 1:
+    if data.index == len(job.checkpoint.blocks) - 1:
         wanted += list(viewed)[-1:]
     pictures = []
     for layer in dict.fromkeys(wanted):
@@ -418,33 +599,96 @@ def _measure(
     return layers, pictures
 
 
-def _first_inputs(job: Job, model: nn.Module) -> tuple[Tensor, dict[str, Any]]:
-    """The first block's inputs [S, L, K], and the keyword arguments that the model passes to its blocks."""
-    family = job.checkpoint.family
-    embedding = job.checkpoint.load_into(model.get_submodule(family.embedding), family.embedding).to(job.device)
-    model.get_submodule(family.rotary).to(job.device)
-    first = model.get_submodule(family.blocks)[0]
-    caught: dict[str, Any] = {}
-
-    class Caught(Exception):
-        pass
-
-    def catch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        caught.update(kwargs)
-        raise Caught
-
-    with first.register_forward_pre_hook(catch, with_kwargs=True), contextlib.suppress(Caught), torch.no_grad():
-        model(job.tokens[:1].to(job.device), use_cache=False)
-    with torch.no_grad():
-        inputs = torch.cat([embedding(rows.to(job.device)) for rows in job.tokens.split(job.batch)])
-    model.set_submodule(family.embedding, nn.Identity())
-    return inputs, caught
+_Towers = dict[str, dict[int, Activations]]  # path -> block -> what it gave to others than the next block
 
 
-def _drift(output: Tensor, target: Tensor) -> float:
-    """Mean over tokens of the squared distance between the two streams over the float one's energy."""
+@dataclass(frozen=True, kw_only=True)
+class _Through:
+    """The way of a stream through a stack: what the model does around its blocks, for each sample or once for all, and what
+    others read: ``taps``, what the blocks in it gave."""
+
+    job: Job
+    passages: list[Passage]
+    taps: dict[int, Activations]
+    tapped: frozenset[int]
+
+    def adds(self, position: int) -> bool:
+        """Whether the model adds something to what a block gave."""
+        return bool(self.job.pairs) and any(way.added[position] is not None for way in self.passages)
+
+    def leave(self, position: int, x: Activations) -> None:
+        """Turn what a block gave into what the next one gets; keep it as it was for others."""
+        if position in self.tapped:
+            self.taps[position] = _like(self.job, x)
+            self.taps[position].values.copy_(x.values)
+        for row, way in enumerate(self.passages if self.adds(position) else ()):
+            extra, own = way.added[position], torch.tensor([row])
+            if extra is not None:
+                x.write(own, x[own] + extra.flatten(0, -2))
+
+
+def _enter(
+    job: Job, model: nn.Module, stack: Stack, towers: _Towers, streams: int
+) -> tuple[_Through, list[Activations]]:
+    """Run ``model`` up to ``stack`` and around its blocks, on what the ``towers`` before it gave; what the first block gets, and
+    room for as much, ``streams`` in all."""
+    checkpoint, family = job.checkpoint, job.checkpoint.family
+    checkpoint.load_entry(model)
+    around = [model.get_submodule(path) for path in (family.embedding, *family.others)]
+    for module in (*around, *(model.get_submodule(own.rotary) for own in family.stacks)):
+        module.to(job.device)
+    if job.pairs:
+        passages = _passages(job, model, stack, towers)
+        samples = [way.inputs.flatten(0, -2).to(torch.float32) for way in passages]
+        lengths = tuple(len(own) for own in samples)
+        first = Activations(
+            allocate((sum(lengths), samples[0].shape[-1]), job.device, job.scratch), lengths, job.device
+        )
+        for row, own in enumerate(samples):
+            first.write(torch.tensor([row]), own)
+    else:
+        passages = [passage(model, stack, {"input_ids": job.tokens[:1].to(job.device)}, {})]
+        embedding = model.get_submodule(family.embedding)
+        shape = (*job.tokens.shape, passages[0].inputs.shape[-1])
+        first = Activations(allocate(shape, job.device, job.scratch), (), job.device)
+        with torch.no_grad():
+            for rows in first.batches(job.batch):
+                first.write(rows, embedding(job.tokens[rows].to(job.device)))
+    for module in around:
+        module.to("meta")
+    listed = getattr(checkpoint.config_of(stack), stack.taps) if stack.taps else ()
+    last = checkpoint.config_of(stack).num_hidden_layers - 1
+    tapped = frozenset({*listed, last} if stack in family.towers else ())
+    towers[stack.blocks] = {}
+    through = _Through(job=job, passages=passages, taps=towers[stack.blocks], tapped=tapped)
+    return through, [first, *(_like(job, first) for _ in range(streams - 1))]
+
+
+def _like(job: Job, x: Activations) -> Activations:
+    """Room for a stream of the shape of ``x``."""
+    return Activations(allocate(tuple(x.values.shape), job.device, job.scratch), x.lengths, job.device)
+
+
+def _passages(job: Job, model: nn.Module, stack: Stack, towers: _Towers) -> list[Passage]:
+    """The way of every pair, on what the towers' blocks gave."""
+    passages = []
+    for row, sample in enumerate(job.pairs):
+        own = torch.tensor([row])
+        before = {path: {i: x[own] for i, x in given.items()} for path, given in towers.items()}
+        there = {name: tensor.to(job.device) for name, tensor in sample.items()}
+        passages.append(passage(model, stack, there, before))
+    return passages
+
+
+def _sequences(x: Tensor) -> Tensor:
+    """[S, L, K], also where tokens are packed [T, K]."""
+    return x if x.dim() == 3 else x[None]
+
+
+def _distance(output: Tensor, target: Tensor) -> Tensor:
+    """Each token's squared distance between the two streams over the float one's energy."""
     error = (output - target).square().sum(-1)
-    return (error / target.square().sum(-1).clamp(min=1e-12)).mean().item()
+    return error / target.square().sum(-1).clamp(min=1e-12)
 
 
 def _ratio(error: Tensor, reference: Tensor) -> float:

@@ -1,6 +1,6 @@
 """What the linear layers of one site see while their block is being quantized: of the quantized model and of the float one."""
 
-# Shapes: S sequences, L tokens, K width; rows are [.., L, K].
+# Shapes: T tokens, K width.
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from microbat.calibrate.stats import Hessian
+from microbat.calibrate.stream import Activations
 from microbat.linear import SiteInput
 from microbat.methods.base import Corrector, Preparer, SitePlan, Statistics
 from microbat.quantizers.residual import effective
@@ -24,8 +25,8 @@ class _Seen(Exception):
 class SiteStream:
     """A site's input, batch by batch; ``step`` runs ``block``, whose linear layers are the quantized ones, as far as the site.
 
-    ``originals`` are the float layers by path, ``inputs`` and ``float_inputs`` [S, L, K] the block's in both streams,
-    ``attention`` the module whose cache may be quantized.
+    ``originals`` are the float layers by path, ``inputs`` and ``float_inputs`` the block's in both streams, ``attention`` the
+    module whose cache may be quantized.
     """
 
     block: nn.Module
@@ -33,9 +34,10 @@ class SiteStream:
     site: SiteInput
     originals: dict[str, nn.Module]
     attention: nn.Module
-    step: Callable[[nn.Module, Tensor], Tensor]
-    inputs: Tensor
-    float_inputs: Tensor
+    step: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    inputs: Activations
+    float_inputs: Activations
+    device: torch.device
     batch: int
 
     @property
@@ -45,8 +47,9 @@ class SiteStream:
 
     def quantized(self) -> Iterator[Tensor]:
         """The quantized stream's, transformed and quantized: K channels, residuals added to theirs."""
-        for rows in self.inputs.split(self.batch):
-            yield effective(self.site.quantizer, self._stop_at(self.site, rows)[1]).to(torch.float32)
+        for rows in self.inputs.batches(self.batch):
+            output = self._stop_at(self.site, self.inputs, rows)[1]
+            yield effective(self.site.quantizer, output).to(torch.float32)
 
     def teacher(self) -> Iterator[Tensor]:
         """What the float block makes of the same stream."""
@@ -56,10 +59,10 @@ class SiteStream:
         """The float stream's."""
         return self._float(self.float_inputs)
 
-    def _float(self, stream: Tensor) -> Iterator[Tensor]:
-        for rows in stream.split(self.batch):
+    def _float(self, stream: Activations) -> Iterator[Tensor]:
+        for rows in stream.batches(self.batch):
             with self._in_floats():
-                x = self._stop_at(self.first, rows)[0].to(torch.float32)
+                x = self._stop_at(self.first, stream, rows)[0].to(torch.float32)
             yield x if self.plan.transform is None else self.plan.transform(x)
 
     @contextlib.contextmanager
@@ -76,8 +79,8 @@ class SiteStream:
             for path, module in quantized.items():
                 self.block.set_submodule(path, module)
 
-    def _stop_at(self, module: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and output of ``module`` in the block on ``rows``."""
+    def _stop_at(self, module: nn.Module, stream: Activations, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and output of ``module`` in the block on samples ``rows`` of ``stream``."""
         caught: list[tuple[Tensor, Tensor]] = []
 
         def see(inputs: tuple, output: Tensor) -> None:
@@ -85,7 +88,7 @@ class SiteStream:
             raise _Seen
 
         with watch(module, see), contextlib.suppress(_Seen):
-            self.step(self.block, rows)
+            self.step(self.block, stream[rows], rows)
         return caught[0]
 
 
@@ -95,7 +98,7 @@ def statistics(stream: SiteStream, needs: frozenset[str], shift: Tensor | None) 
         return None
     corrected = (x if shift is None else x + shift for x in stream.quantized())
     width = stream.first.weight.shape[1]
-    hessian, deviation = (Hessian(width, stream.inputs.device) for _ in range(2))
+    hessian, deviation = (Hessian(width, stream.device) for _ in range(2))
     if "deviation" not in needs:
         for x in corrected:
             hessian.add(x)

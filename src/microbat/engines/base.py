@@ -35,24 +35,31 @@ class Engine(ABC):
     roundings: ClassVar[int] = 1
 
     @abstractmethod
-    def run(self, folder: Path, tokens: Tensor, layers: list[str]) -> Run:
+    def run(self, folder: Path, tokens: Tensor, layers: list[str], images: dict[str, Tensor]) -> Run:
         """The logits of ``tokens`` int64 [L] in ``folder``, an export of microbat or a microbat folder, and what went in
-        and out of the linear layers of these full names.
+        and out of the linear layers of these full names. ``images``: what the model is called with beside the tokens, by name.
 
         ImportError where the engine is not installed; ValueError where it does not read such a folder.
         """
 
 
 @torch.no_grad()
-def watched(model: nn.Module, tokens: Tensor, layers: list[str]) -> Run:
+def watched(model: nn.Module, tokens: Tensor, layers: list[str], images: dict[str, Tensor]) -> Run:
     """The run of ``model``, a model of transformers in this process."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     with contextlib.ExitStack() as stack:
         for name in layers:
             keep = lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)})  # noqa: E731
             stack.enter_context(model.get_submodule(name).register_forward_hook(keep))
-        logits = model(tokens[None].to(model.device)).logits[0]
+        there = {name: tensor.to(model.device) for name, tensor in images.items()}
+        logits = model(tokens[None].to(model.device), **there).logits[0]
     return Run(logits=logits.to("cpu", torch.float32), dtype=model.dtype, layers=seen)
+
+
+def text_alone(name: str, images: dict[str, Tensor]) -> None:
+    """Raise ValueError where there are ``images``, for an engine that was not tried with any."""
+    if images:
+        raise ValueError(f"{name} was not tried with images; verify this folder with --engine microbat or transformers")
 
 
 def engines() -> dict[str, type[Engine]]:

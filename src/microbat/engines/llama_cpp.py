@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from microbat.engines.base import Engine, Run
+from microbat.engines.base import Engine, Run, text_alone
 from microbat.export import gguf
 from microbat.formats.block import BlockFormat, Level
 from microbat.formats.element import FP32, INT8
@@ -27,7 +27,8 @@ class LlamaCpp(Engine):
     install = "pip install gguf xllamacpp"
     activations = AbsMax(format=Q8_0)
 
-    def run(self, folder: Path, tokens: Tensor, layers: list[str]) -> Run:
+    def run(self, folder: Path, tokens: Tensor, layers: list[str], images: dict[str, Tensor]) -> Run:
+        text_alone(self.name, images)
         import xllamacpp
         from transformers import AutoTokenizer
 

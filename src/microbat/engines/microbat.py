@@ -12,5 +12,5 @@ class Microbat(Engine):
     name = "microbat"
     install = "pip install microbat"
 
-    def run(self, folder: Path, tokens: Tensor, layers: list[str]) -> Run:
-        return watched(load(folder), tokens, layers)
+    def run(self, folder: Path, tokens: Tensor, layers: list[str], images: dict[str, Tensor]) -> Run:
+        return watched(load(folder), tokens, layers, images)

@@ -5,13 +5,12 @@ from pathlib import Path
 from torch import Tensor
 
 from microbat.engines.base import Engine, Run, watched
+from microbat.models.base import auto_class
 
 
 class Transformers(Engine):
     name = "transformers"
     install = "pip install transformers compressed-tensors"
 
-    def run(self, folder: Path, tokens: Tensor, layers: list[str]) -> Run:
-        from transformers import AutoModelForCausalLM
-
-        return watched(AutoModelForCausalLM.from_pretrained(folder), tokens, layers)
+    def run(self, folder: Path, tokens: Tensor, layers: list[str], images: dict[str, Tensor]) -> Run:
+        return watched(auto_class(folder).from_pretrained(folder), tokens, layers, images)

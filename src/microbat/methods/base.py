@@ -95,15 +95,26 @@ def _by_head(transform: Callable[[Tensor], Tensor], x: Tensor, lanes: int) -> Te
         return transform(x.unflatten(-1, (-1, lanes))).flatten(-2)
 
 
+class Stream(Protocol):
+    """Activations of S sequences, float32. ``x[rows]``, ``rows`` int64 [R], are those of some: [R, L, K] or, where each has a
+    length of its own, all their tokens [T, K]."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor: ...
+
+
 class BlockData(Protocol):
-    """One block's calibration data, as a method sees it. Tensors are [S, L, K], float32."""
+    """One block's calibration data, as a method sees it. ``rotates``: a rotation of the whole model reaches its stream.
+    ``inputs`` are what the quantized blocks before it made; there are none while preparers that are not ``in_order`` prepare."""
 
     index: int
     block: nn.Module
     head_dim: int
-    inputs: Tensor
-    targets: Tensor
-    float_inputs: Tensor
+    rotates: bool
+    inputs: Stream
+    targets: Stream
+    float_inputs: Stream
     generator: torch.Generator
     progress: Callable[[float, float], None]
 
@@ -114,8 +125,11 @@ class BlockData(Protocol):
         """Run the float block over the float stream once; each function gets the inputs [S, L, K] of the linear layer at its
         path, batch by batch."""
 
-    def faked(self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False) -> Callable[[Tensor], Tensor]:
-        """The block as a differentiable function that quantizes by ``plan``, with ``weights`` in its linear layers.
+    def faked(
+        self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """The block as a differentiable function of inputs and the rows that they belong to, which quantizes by ``plan``, with
+        ``weights`` in its linear layers.
 
         ``rounded`` weights are on their grid already, in the basis of the transformed activation: they are left alone.
         """
@@ -123,7 +137,8 @@ class BlockData(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelData:
-    """The float model and the calibration ``tokens`` int64 [S, L], as a method sees them before the blocks' turn."""
+    """The float model and the calibration ``tokens`` int64 [S, L], or ``pairs`` of images and text, each what the model is called
+    with, as a method sees them before the blocks' turn."""
 
     checkpoint: Checkpoint
     tokens: Tensor
@@ -132,6 +147,7 @@ class ModelData:
     device: torch.device
     precision: Literal["float32", "bfloat16"]
     progress: Callable[[float, float], None]
+    pairs: tuple[dict[str, Tensor], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +158,14 @@ class Student:
     network: nn.Module
     transforms: list[Transform]
     quantizers: list[Quant | Residual]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeModel:
+    """Why a method needs the whole model in memory, said of the method, and how many ``copies`` of it in float32."""
+
+    why: str
+    copies: int = 1
 
 
 class Method(ABC):
@@ -173,6 +197,17 @@ class Preparer(Method):
     default_solver: ClassVar[str] = "gptq"
     solvers: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def in_order(self) -> str:
+        """Why blocks are prepared one after the other, said of the method; empty where ``prepare`` sees the float model alone and
+        takes long enough to be shared."""
+        return "trains nothing block by block"
+
+    @property
+    def whole_model(self) -> "WholeModel | None":
+        """What it does with the whole model at once; None where blocks suffice, whatever the size of the model."""
+        return None
 
     def rotation(self, model: ModelData) -> Rotation | None:
         """How to rotate the whole model before its blocks are prepared; None for not at all."""

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.kv import KVQuantizer
-from microbat.methods.base import BlockData, ModelData, Plan, Preparer, SitePlan, Solver, Student
-from microbat.methods.learn import Inputs, Objective, Schedule, check_trains, distill, refine_plan, train_plan
+from microbat.methods.base import BlockData, ModelData, Plan, Preparer, SitePlan, Solver, Student, WholeModel
+from microbat.methods.learn import IN_ORDER, Inputs, Objective, Schedule, check_trains, distill, refine_plan, train_plan
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.scheme import Scheme
@@ -93,6 +93,10 @@ class BATQuant(Preparer):
     def seeded(self) -> bool:
         return self.epochs > 0 or self.init == "orthogonal"
 
+    @property
+    def in_order(self) -> str:
+        return IN_ORDER.get(self.inputs, "")
+
     def check(self, scheme: Scheme) -> None:
         if self.epochs or self.weight_clip:
             check_trains(self.name, scheme)
@@ -125,6 +129,11 @@ class BATQuant(Preparer):
                 epochs=self.refine_epochs, batch=self.batch, objective=self.objective, inputs=self.inputs
             )
             refine_plan(data, plan, codes, lr=self.refine_lr, clip_lr=self.clip_lr, schedule=schedule)
+
+    @property
+    def whole_model(self) -> WholeModel | None:
+        why = "distills the whole model at once (distill_epochs=0 trains block by block alone)"
+        return WholeModel(why=why, copies=2) if self.distills else None
 
     @property
     def distills(self) -> bool:

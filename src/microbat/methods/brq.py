@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from microbat.methods.base import BlockData, ModelData, Plan, Preparer, Solver
+from microbat.methods.base import BlockData, ModelData, Plan, Preparer, Solver, WholeModel
 from microbat.methods.learn import learn_rotation
 from microbat.models.rotation import Rotation
 from microbat.transforms.hadamard import BlockHadamard, hadamard
@@ -40,10 +40,14 @@ class BRQ(Preparer):
     def seeded(self) -> bool:
         return True
 
+    @property
+    def whole_model(self) -> WholeModel | None:
+        return WholeModel(why="learns its rotations end to end (steps=0 does not)") if self.steps else None
+
     def rotation(self, model: ModelData) -> Rotation:
         checkpoint = model.checkpoint
         generator = torch.Generator().manual_seed(model.seed)
-        width = checkpoint.config.hidden_size
+        width = checkpoint.width
         signs = torch.randint(0, 2, (width, 1), generator=generator).to(torch.float32) * 2 - 1
         heads = block_hadamard(checkpoint.head_dim, _block(model, checkpoint.head_dim))
         start = Rotation(
@@ -57,7 +61,7 @@ class BRQ(Preparer):
 
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
         for site in plan.sites:
-            if not site.site.normed and not site.site.headed:
+            if not (site.site.normed and data.rotates) and not site.site.headed:
                 width = data.block.get_submodule(site.site.consumers[0]).in_features
                 format = (site.activation or next(iter(site.weights.values()))).format
                 site.transform = BlockHadamard(width=width, block=_divisor(width, format.block_of(width)))

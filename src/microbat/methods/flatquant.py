@@ -8,7 +8,8 @@
 P splits the width as evenly as it divides; before o into heads and head. With a quantized cache the values have a matrix
 of their own, folded into v and o, and the second factor before o starts as the identity; the authors fold that factor
 into v whatever the cache, and run only the first online: the same family at less cost. c starts at
-max|W|^(1 - a) / max|X|^a with a = 0.3 and is folded into the norm, or into the rows of up, in the end; o has none.
+max|W|^(1 - a) / max|X|^a with a = 0.3 and is folded into the norm, or into the rows of up, in the end; o has none, nor has
+what comes out of a GELU.
 Recipe: the authors' code (sheet B7), with their weight decay of 0.01 left out. With power-of-two scales a clip must clamp
 the values, since a change of the scale alone means nothing.
 """
@@ -21,7 +22,16 @@ from torch import nn
 
 from microbat.kv import KVQuantizer
 from microbat.methods.base import BlockData, Plan, Preparer, SitePlan, Solver
-from microbat.methods.learn import Inputs, Objective, Schedule, channel_maxima, check_trains, smoothing, train_plan
+from microbat.methods.learn import (
+    IN_ORDER,
+    Inputs,
+    Objective,
+    Schedule,
+    channel_maxima,
+    check_trains,
+    smoothing,
+    train_plan,
+)
 from microbat.quantizers.clip import Clip
 from microbat.scheme import Scheme
 from microbat.transforms.kronecker import FullBlocks, Kronecker, balanced_split
@@ -53,6 +63,10 @@ class FlatQuant(Preparer):
     def seeded(self) -> bool:
         return True
 
+    @property
+    def in_order(self) -> str:
+        return IN_ORDER.get(self.inputs, "")
+
     def check(self, scheme: Scheme) -> None:
         check_trains(self.name, scheme)
 
@@ -81,7 +95,7 @@ class FlatQuant(Preparer):
     def _start(self, data: BlockData, site: SitePlan) -> None:
         """The untrained transform, scale and clips of one site."""
         width = data.block.get_submodule(site.site.consumers[0]).in_features
-        if not site.site.headed and set(site.weights) == set(site.site.consumers):
+        if site.site.producer and not site.site.headed and set(site.weights) == set(site.site.consumers):
             site.scale = nn.Parameter(smoothing(*channel_maxima(data, site.site), SCALE_POWER))
         left = width // data.head_dim if site.site.headed else balanced_split(width)
         site.transform = Kronecker(width=width, left=left, generator=data.generator)

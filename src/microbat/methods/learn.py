@@ -26,6 +26,10 @@ from microbat.transforms.base import Transform
 
 Objective = Literal["mse", "relative", "stream"]
 Inputs = Literal["quantized", "float", "mixed"]  # mixed: each number from one of the two, drawn anew at every step
+IN_ORDER: dict[Inputs, str] = {  # why blocks cannot train side by side
+    inputs: f"trains each block on what the quantized blocks before it make (inputs={inputs}; inputs=float does not)"
+    for inputs in ("quantized", "mixed")
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,7 @@ def check_trains(name: str, scheme: Scheme) -> None:
 def train_plan(data: BlockData, plan: Plan, solver: Solver, *, lr: float, clip_lr: float, schedule: Schedule) -> None:
     """Train the transforms (at ``lr``) and clips (at ``clip_lr``) of ``plan``, and the weights if ``solver`` asks for it.
 
-    Leaves the trained weights in ``plan.latents`` and the loss of each step in ``plan.loss``.
+    Leaves weights that trained in ``plan.latents`` and the loss of each step in ``plan.loss``.
     """
     weights = {path: data.block.get_submodule(path).weight for site in plan.sites for path in site.weights}
     maps, clips = online(plan)
@@ -78,7 +82,8 @@ def train_plan(data: BlockData, plan: Plan, solver: Solver, *, lr: float, clip_l
         weights = {path: nn.Parameter(weight.clone()) for path, weight in weights.items()}
         groups += [([w], solver.weight_lr * w.detach().square().mean().sqrt().item()) for w in weights.values()]
     plan.loss = train(data, data.faked(plan, weights), groups, schedule)
-    plan.latents = {path: w.detach() for path, w in weights.items()}
+    if solver.weight_lr is not None:
+        plan.latents = {path: w.detach() for path, w in weights.items()}
     fold(data.block, plan)
 
 
@@ -146,11 +151,11 @@ def fold(block: nn.Module, plan: Plan) -> None:
 
 def train(
     data: BlockData,
-    function: Callable[[Tensor], Tensor],
+    function: Callable[[Tensor, Tensor], Tensor],
     groups: list[tuple[list[nn.Parameter], float]],
     schedule: Schedule,
 ) -> list[float]:
-    """Train ``groups`` of (parameters, learning rate) so that ``function(inputs)`` meets the targets; loss per step.
+    """Train ``groups`` of (parameters, learning rate) so that ``function(inputs, rows)`` meets the targets; loss per step.
 
     Raises FloatingPointError, naming the block, when the loss stops being finite.
     """
@@ -160,10 +165,10 @@ def train(
 
     def loss(rows: Tensor) -> Tensor:
         inputs = drawn(data, rows, schedule.inputs)
-        output = function(inputs)
+        output = function(inputs, rows)
         return block_loss(output, data.targets[rows], data.float_inputs[rows], inputs, schedule.objective)
 
-    draws = (torch.randperm(data.inputs.shape[0], generator=data.generator) for _ in range(schedule.epochs))
+    draws = (torch.randperm(len(data.targets), generator=data.generator) for _ in range(schedule.epochs))
     batches = [rows for draw in draws for rows in draw.split(schedule.batch)]
     return descend(groups, batches, loss, schedule.min_lr_ratio, data.progress, f"block {data.index}")
 
@@ -207,8 +212,9 @@ def drawn(data: BlockData, rows: Tensor, inputs: Inputs) -> Tensor:
     size and takes their pattern away (QDrop, arXiv 2203.05740, does so within a block).
     """
     if inputs == "mixed":
-        take = torch.rand(data.inputs[rows].shape, generator=data.generator) < 0.5
-        return torch.where(take.to(data.inputs.device), data.inputs[rows], data.float_inputs[rows])
+        arrived = data.inputs[rows]
+        take = torch.rand(arrived.shape, generator=data.generator) < 0.5
+        return torch.where(take.to(arrived.device), arrived, data.float_inputs[rows])
     return data.inputs[rows] if inputs == "quantized" else data.float_inputs[rows]
 
 
@@ -222,23 +228,27 @@ def distill(
     """
     teacher = model.checkpoint.load().to(model.device)
     family = model.checkpoint.family
-    floats = [p for p in student.network.get_submodule(family.blocks).parameters() if p.dim() == 1]
+    blocks = [student.network.get_submodule(stack.blocks) for stack in family.stacks]
+    floats = [p for own in blocks for p in own.parameters() if p.dim() == 1]
     maps = [parameter for transform in student.transforms for parameter in transform.parameters()]
     clips = learnable(student.quantizers)
     for parameter in (*floats, *maps, *clips):
         parameter.requires_grad_()
     generator = torch.Generator().manual_seed(model.seed)
-    draws = (torch.randperm(model.tokens.shape[0], generator=generator) for _ in range(epochs))
+    draws = (torch.randperm(len(model.pairs) or len(model.tokens), generator=generator) for _ in range(epochs))
     batches = [rows for draw in draws for rows in draw.split(batch)]
 
-    def loss(rows: Tensor) -> Tensor:
-        tokens = model.tokens[rows].to(model.device)
+    def divergence(sample: dict[str, Tensor]) -> Tensor:
+        inputs = {name: tensor.to(model.device) for name, tensor in sample.items()}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.precision == "bfloat16"):
             with torch.no_grad():
-                target = teacher(tokens, use_cache=False).logits
-            output = student.network(tokens, use_cache=False).logits
-        target, output = (logits.to(torch.float32).flatten(0, 1).log_softmax(-1) for logits in (target, output))
+                target = teacher(**inputs, use_cache=False).logits
+            output = student.network(**inputs, use_cache=False).logits
+        target, output = (_said(logits, inputs).to(torch.float32).log_softmax(-1) for logits in (target, output))
         return nn.functional.kl_div(output, target, reduction="batchmean", log_target=True)
+
+    def loss(rows: Tensor) -> Tensor:
+        return torch.stack([divergence(sample) for sample in _samples(model, rows)]).mean()
 
     groups = [(maps, lr), (floats, lr), (clips, clip_lr)]
     losses = descend(groups, batches, loss, floor, model.progress, "distillation")
@@ -292,13 +302,14 @@ def learn_rotation(
                 consumer.weight.copy_(fixed.inverse_t(consumer.weight))
                 consumer.register_forward_pre_hook(lambda m, i, fixed=fixed: (quantizer.fake(fixed(i[0])),))
     generator = torch.Generator().manual_seed(model.seed)
-    num = model.tokens.shape[0]
+    num = len(model.pairs) or len(model.tokens)
     rows = torch.cat([torch.randperm(num, generator=generator) for _ in range(1 + steps * batch // num)])
     for step in range(steps):
-        tokens = model.tokens[rows[step * batch : (step + 1) * batch]].to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.precision == "bfloat16"):
-            logits = network(tokens, use_cache=False).logits[:, :-1]
-        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        losses = [
+            _next_token_loss(network, sample, model)
+            for sample in _samples(model, rows[step * batch : (step + 1) * batch])
+        ]
+        loss = torch.stack(losses).mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the rotations' loss is {loss.item()} after {step} steps")
         rate = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -307,6 +318,28 @@ def learn_rotation(
                 matrix.copy_(cayley_step(matrix, gradient * (matrix != 0), rate))
         model.progress((step + 1) / steps, loss.item())
     return Rotation(stream=stream.detach().cpu(), heads=torch.stack([head.detach().cpu() for head in heads]))
+
+
+def _samples(model: ModelData, rows: Tensor) -> list[dict[str, Tensor]]:
+    """What the model is called with for sequences ``rows``: once for all of them where they are text alone."""
+    return [model.pairs[row] for row in rows.tolist()] if model.pairs else [{"input_ids": model.tokens[rows]}]
+
+
+def _said(values: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """Of ``values`` [S, L, ...] those at tokens that say something about the next one: all, or all but those before an image's
+    tokens, which nobody predicts."""
+    kinds = inputs.get("mm_token_type_ids")
+    if kinds is None:
+        return values.flatten(0, 1)
+    return values[nn.functional.pad(kinds[:, 1:], (0, 1))[:, : values.shape[1]] == 0]
+
+
+def _next_token_loss(network: nn.Module, sample: dict[str, Tensor], model: ModelData) -> Tensor:
+    """Cross-entropy of the next token."""
+    inputs = {name: tensor.to(model.device) for name, tensor in sample.items()}
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.precision == "bfloat16"):
+        logits = network(**inputs, use_cache=False).logits[:, :-1]
+    return nn.functional.cross_entropy(_said(logits, inputs).float(), _said(inputs["input_ids"][:, 1:], inputs))
 
 
 def cayley_step(x: Tensor, gradient: Tensor, lr: float) -> Tensor:

@@ -35,11 +35,11 @@ class QuaRot(Preparer):
         generator = torch.Generator().manual_seed(model.seed)
         checkpoint = model.checkpoint
         heads = hadamard(checkpoint.head_dim).expand(checkpoint.num_blocks, -1, -1).contiguous()
-        return Rotation(stream=random_hadamard(checkpoint.config.hidden_size, generator), heads=heads)
+        return Rotation(stream=random_hadamard(checkpoint.width, generator), heads=heads)
 
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
         for site in plan.sites:
-            if not site.site.normed:
+            if not (site.site.normed and data.rotates):
                 width = data.block.get_submodule(site.site.consumers[0]).in_features
                 site.transform = Hadamard(width=width, stride=data.head_dim if site.site.headed else 1)
         if plan.kv is not None:

@@ -47,8 +47,9 @@ class SmoothQuant(Preparer):
         def error(alpha: float) -> float:
             scale(alpha, 1)
             weights = {path: data.block.get_submodule(path).weight for site in plan.sites for path in site.weights}
-            inputs, source, target = (t[:JUDGED_SEQUENCES] for t in (data.inputs, data.float_inputs, data.targets))
-            loss = block_loss(data.faked(plan, weights)(inputs), target, source, inputs, "relative")
+            rows = torch.arange(min(JUDGED_SEQUENCES, len(data.inputs)))
+            inputs, source, target = (t[rows] for t in (data.inputs, data.float_inputs, data.targets))
+            loss = block_loss(data.faked(plan, weights)(inputs, rows), target, source, inputs, "relative")
             scale(alpha, -1)
             return loss.item()
 
@@ -57,7 +58,8 @@ class SmoothQuant(Preparer):
 
 
 def fold(norm: nn.Module, linears: list[nn.Module], scale: Tensor) -> None:
-    """Divide the norm's gain and multiply the weights' columns by ``scale`` [K]: the function stays."""
-    norm.weight = nn.Parameter(norm.weight / scale, requires_grad=False)
+    """Divide the norm's gain, and its bias, and multiply the weights' columns by ``scale`` [K]: the function stays."""
+    for name, parameter in list(norm.named_parameters()):
+        setattr(norm, name, nn.Parameter(parameter / scale, requires_grad=False))
     for linear in linears:
         linear.weight = nn.Parameter(linear.weight * scale, requires_grad=False)

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import torch
 
-from microbat.methods.base import BlockData, ModelData, Plan, Preparer, Solver
+from microbat.methods.base import BlockData, ModelData, Plan, Preparer, Solver, WholeModel
 from microbat.methods.learn import learn_rotation
 from microbat.models.rotation import Rotation
 from microbat.transforms.hadamard import Hadamard, random_hadamard
@@ -46,10 +46,14 @@ class SpinQuant(Preparer):
     def seeded(self) -> bool:
         return True
 
+    @property
+    def whole_model(self) -> WholeModel:
+        return WholeModel(why="learns its rotations end to end (quarot, and brq with steps=0, do not)")
+
     def rotation(self, model: ModelData) -> Rotation:
         generator = torch.Generator().manual_seed(model.seed)
         checkpoint = model.checkpoint
-        stream = random_hadamard(checkpoint.config.hidden_size, generator)
+        stream = random_hadamard(checkpoint.width, generator)
         heads = torch.stack([random_hadamard(checkpoint.head_dim, generator) for _ in range(checkpoint.num_blocks)])
         start = Rotation(stream=stream, heads=heads)
         return learn_rotation(
@@ -58,7 +62,7 @@ class SpinQuant(Preparer):
 
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
         for site in plan.sites:
-            if not site.site.normed and not site.site.headed:
+            if not (site.site.normed and data.rotates) and not site.site.headed:
                 width = data.block.get_submodule(site.site.consumers[0]).in_features
                 site.transform = Hadamard(width=width)
         if plan.kv is not None:

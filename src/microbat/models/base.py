@@ -1,9 +1,11 @@
-"""What a model looks like to a method: a :class:`Family` of blocks, each with the :class:`Site` s of its activations.
+"""What a model looks like to a method: a :class:`Family` of blocks in one :class:`Stack` or several, each
+with the :class:`Site` s of its activations.
 
 ``Checkpoint`` reads a Hugging Face folder lazily: the skeleton on the meta device, then one module's weights at a time.
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,13 +26,14 @@ SINGLE_FILE = "model.safetensors"
 class Site:
     """One activation inside a block: the module that produces it and the linear layers that consume it, as paths.
 
-    ``normed``: the producer is an RMSNorm of the residual stream. ``headed``: the producer's output, the values, is mixed
+    ``producer`` None: nothing whose output's channels, multiplied by factors, multiply the activation's (what comes out of a
+    GELU). ``normed``: the producer is a norm of the residual stream. ``headed``: the producer's output, the values, is mixed
     over tokens on its way here, head by head; its lanes are heads times the head's size. ``gated``: the producer's output is
     multiplied by another activation on its way here, and nothing else, so that its rows' factors are the channels'.
     """
 
     name: str
-    producer: str
+    producer: str | None
     consumers: tuple[str, ...]
     normed: bool = False
     headed: bool = False
@@ -38,18 +41,62 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
-    """Where things are in every model whose config says ``model_type == name``."""
+class Inner:
+    """The width between two linear layers of a block, where zeros may be appended: ``makers`` write it, ``reader`` reads it, and
+    what happens in between, lane by lane, leaves zeros zero. ``entry`` of the config says how wide it is."""
 
-    name: str
+    makers: tuple[str, ...]
+    reader: str
+    entry: str = "intermediate_size"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """Blocks of one kind, one after the other, and what is inside each.
+
+    ``config``: the part of the model's config that describes them (empty: the config itself). ``taps``: the entry there that
+    lists blocks whose outputs others read than the next block. ``rotates``: its residual stream is what a rotation of the model
+    rotates. ``caches``: its keys and values are kept from token to token. ``sequences``: its activations are [S, L, K]; those
+    of others are tokens [T, K] of several images, packed. ``inner``: its width that is padded to whole blocks of a format.
+    """
+
     sites: tuple[Site, ...]
-    writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")  # linear layers that add to the residual stream
     attention: str = "self_attn"  # the module that mixes tokens, inside a block
     blocks: str = "model.layers"
-    embedding: str = "model.embed_tokens"
     rotary: str = "model.rotary_emb"
+    config: str = ""
+    taps: str = ""
+    rotates: bool = True
+    caches: bool = True
+    sequences: bool = True
+    inner: Inner | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family(Stack):
+    """Where things are in every model whose config says ``model_type == name``: the blocks of its language model, what is around
+    them, and the ``towers`` of blocks that run before, in the order of execution.
+
+    ``others``: modules outside all blocks that have weights. ``feeds``: patterns of linear layers among them that write to
+    the residual stream. ``auto``: the class of transformers that makes such a model from its config. ``stored``: how names in a
+    checkpoint begin, where not as the modules are called, and what that stands for.
+    """
+
+    name: str
+    writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")  # linear layers that add to the residual stream
+    embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
+    towers: tuple[Stack, ...] = ()
+    others: tuple[str, ...] = ()
+    feeds: tuple[str, ...] = ()
+    auto: str = "AutoModelForCausalLM"
+    stored: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """All blocks, in the order of execution."""
+        return (*self.towers, self)
 
 
 DECODER_SITES = (
@@ -119,8 +166,16 @@ class Checkpoint:
         else:
             raise ValueError(f"{self.path} has neither {SINGLE_FILE} nor {self._index}; safetensors are needed")
         for file in sorted(set(files.values())):
-            with _open(file):  # a missing or truncated shard shows here, before any work
-                pass
+            if not file.is_file():
+                raise ValueError(f"{index} names {file.name}, which is not there: the download is not complete")
+            with _open(file) as tensors:  # a truncated shard shows here, before any work
+                there = set(tensors.keys())
+            missing = [name for name, holder in files.items() if holder == file and name not in there]
+            if missing:
+                more = f" and {len(missing) - 1} more" * (len(missing) > 1)
+                raise ValueError(
+                    f"checkpoint file {file} lacks tensor {missing[0]}{more}, which {index.name} says it has"
+                )
         return files
 
     @cached_property
@@ -150,45 +205,88 @@ class Checkpoint:
             return GenerationConfig.from_pretrained(self.path)
         return GenerationConfig.from_model_config(self.config)
 
+    def config_of(self, stack: Stack) -> Any:
+        """The part of the config that describes ``stack``."""
+        return getattr(self.config, stack.config) if stack.config else self.config
+
+    def lanes(self, stack: Stack) -> int:
+        """Lanes of one attention head; not always the hidden size divided by the number of heads."""
+        config = self.config_of(stack)
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
     @property
     def head_dim(self) -> int:
-        """Lanes of one attention head; not always the hidden size divided by the number of heads."""
-        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        """Lanes of one attention head of the language model."""
+        return self.lanes(self.family)
+
+    @property
+    def width(self) -> int:
+        """Channels of the language model's residual stream."""
+        return self.config_of(self.family).hidden_size
 
     @property
     def nbytes(self) -> int:
         """Bytes of all shards."""
         return sum(file.stat().st_size for file in set(self._files.values()))
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all stored tensors; only their shapes are read."""
+        total = 0
+        for file in set(self._files.values()):
+            with _open(file) as tensors:
+                total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        return total
+
     @cached_property
     def family(self) -> Family:
-        return family_of(json.loads((self.path / "config.json").read_text()).get("model_type", ""))
+        return family_of(_model_type(self.path))
 
     @property
     def names(self) -> Iterable[str]:
-        return self._files.keys()
+        return self._stored.keys()
+
+    @cached_property
+    def _stored(self) -> dict[str, str]:
+        """The names in the files, by the names that the modules have."""
+        stands = {
+            name: next((p for p in self.family.stored if name.startswith(p[0])), ("", "")) for name in self._files
+        }
+        return {after + name.removeprefix(before): name for name, (before, after) in stands.items()}
 
     def in_block(self, name: str) -> bool:
         """Whether the stored tensor ``name`` belongs to one of the blocks."""
-        return name.startswith(self.family.blocks + ".")
+        return name.startswith(tuple(f"{stack.blocks}." for stack in self.family.stacks))
 
     @cached_property
     def num_blocks(self) -> int:
-        return 1 + max(int(n[len(self.family.blocks) + 1 :].split(".")[0]) for n in self.names if self.in_block(n))
+        """Blocks of the language model."""
+        inside = f"{self.family.blocks}."
+        return 1 + max(int(n.removeprefix(inside).split(".")[0]) for n in self.names if n.startswith(inside))
+
+    @cached_property
+    def blocks(self) -> tuple[tuple[Stack, str], ...]:
+        """Every block as config.json asks for it: its stack and its name, in the order of execution."""
+        return tuple(
+            (stack, f"{stack.blocks}.{index}")
+            for stack in self.family.stacks
+            for index in range(self.config_of(stack).num_hidden_layers)
+        )
 
     def file_of(self, name: str) -> Path:
         """The file that holds the stored tensor ``name``."""
-        return self._files[name]
+        return self._files[self._stored[name]]
 
     def tensor(self, name: str) -> Tensor:
         """One stored tensor, in its stored dtype; ValueError, naming file and tensor, where the file lacks it."""
         from safetensors import SafetensorError
 
-        with _open(self._files[name]) as tensors:
+        stored = self._stored[name]
+        with _open(self._files[stored]) as tensors:
             try:
-                return tensors.get_tensor(name)
+                return tensors.get_tensor(stored)
             except SafetensorError as error:
-                raise ValueError(f"checkpoint file {self._files[name]} lacks tensor {name} ({error})") from error
+                raise ValueError(f"checkpoint file {self._files[stored]} lacks tensor {stored} ({error})") from error
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """All stored tensors under a module path, by their names below it."""
@@ -196,15 +294,19 @@ class Checkpoint:
         return {n[len(prefix) + 1 :]: self.tensor(n) for n in names}
 
     def skeleton(self) -> nn.Module:
-        """The causal language model on the meta device, its rotary tables real: no weight is read."""
-        from transformers import AutoModelForCausalLM
-
+        """The model on the meta device, its rotary tables real: no weight is read."""
         name = attention_function()
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation=name)
-        rotary = model.get_submodule(self.family.rotary)
-        model.set_submodule(self.family.rotary, type(rotary)(config=self.config))
+            model = self.auto.from_config(self.config, dtype=torch.float32, attn_implementation=name)
+        for stack in self.family.stacks:
+            rotary = model.get_submodule(stack.rotary)
+            model.set_submodule(stack.rotary, type(rotary)(config=self.config_of(stack)))
         return model.eval().requires_grad_(False)
+
+    @property
+    def auto(self) -> Any:
+        """The class of transformers that makes such a model."""
+        return auto_class(self.path)
 
     def load_into(self, module: nn.Module, prefix: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Fill ``module``, which sits at path ``prefix`` of the skeleton, with its stored weights."""
@@ -222,11 +324,16 @@ class Checkpoint:
     def load(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The whole float model."""
         model = self.skeleton()
-        for index, block in enumerate(model.get_submodule(self.family.blocks)):
-            self.load_into(block, f"{self.family.blocks}.{index}", dtype)
-        self.load_into(model.get_submodule(self.family.embedding), self.family.embedding, dtype)
+        for _, name in self.blocks:
+            self.load_into(model.get_submodule(name), name, dtype)
+        self.load_entry(model, dtype)
         self.load_head(model, dtype)
         return model
+
+    def load_entry(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        """Fill what is before the language model's blocks, and outside of all: the embedding, and the family's ``others``."""
+        for path in (self.family.embedding, *self.family.others):
+            self.load_into(model.get_submodule(path), path, dtype)
 
     def load_head(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         """Fill the final norm and the output head of ``model``, tied to the embedding where the checkpoint ties them."""
@@ -246,6 +353,23 @@ def _open(file: Path) -> Any:
         raise ValueError(f"checkpoint file {file} cannot be read ({error}); is it truncated?") from error
 
 
-def linear_layers(family: Family) -> tuple[str, ...]:
+def auto_class(folder: Path) -> Any:
+    """The class of transformers that makes the model in ``folder``, of a known family or not."""
+    import transformers
+
+    known = families().get(_model_type(folder))
+    return getattr(transformers, Family.auto if known is None else known.auto)
+
+
+def _model_type(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text()).get("model_type", "")
+
+
+def block_names(family: Family, model: nn.Module) -> list[str]:
+    """Every block of ``model`` by its name, in the order of execution."""
+    return [f"{s.blocks}.{i}" for s in family.stacks for i in range(len(model.get_submodule(s.blocks)))]
+
+
+def linear_layers(stack: Stack) -> tuple[str, ...]:
     """Paths inside a block of every linear layer that a site feeds."""
-    return tuple(path for site in family.sites for path in site.consumers)
+    return tuple(path for site in stack.sites for path in site.consumers)

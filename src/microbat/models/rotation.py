@@ -7,6 +7,8 @@ as x but not the same channels. Then, with h the residual stream and h R the rot
     what reads the stream:                     W diag(gain) R
     values, head by head with H:               rows of v H^T,  columns of o H  (attention mixes tokens, not lanes)
 
+A vision tower writes to the stream by the last layers of its mergers (``Family.feeds``); its own stream stays as it is.
+
 (QuaRot, arXiv 2404.00456, section 4.) The authors subtract the mean of each embedding row first, which is right for
 LayerNorm and wrong for RMSNorm (sheet B4, T8); here it is left alone. A tied output head is untied, since embedding and
 head are rotated alike but only the head takes the final norm's gain.
@@ -14,7 +16,9 @@ head are rotated alike but only the head takes the final norm's gain.
 
 # Shapes: K hidden size, D head size, N out.
 
-from collections.abc import Iterable
+import copy
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +27,8 @@ import torch
 from torch import Tensor
 
 from microbat.models.base import Checkpoint
+
+ROWS = 4096  # of an embedding or a head, rotated at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +48,13 @@ class RotatedCheckpoint(Checkpoint):
 
     @cached_property
     def config(self) -> Any:
-        config = super().config
+        config = copy.deepcopy(self.original.config)
         config.tie_word_embeddings = False
         return config
 
     @property
     def config_changes(self) -> dict[str, Any]:
-        return {"tie_word_embeddings": False}
+        return {**self.original.config_changes, "tie_word_embeddings": False}
 
     @property
     def names(self) -> Iterable[str]:
@@ -60,14 +66,16 @@ class RotatedCheckpoint(Checkpoint):
         family, stream = self.family, self.rotation.stream.to(torch.float64)
         module, _, kind = name.rpartition(".")
         if module == family.embedding:
-            return (self._read(name) @ stream).to(self.original.tensor(name).dtype)
+            return _by_rows(lambda rows: rows @ stream, self.original.tensor(name))
         if module == family.norm:
             return torch.ones_like(self.original.tensor(name))
         if module == family.head:
             stored = self.original.tensor(name if name in self.original.names else f"{family.embedding}.weight")
             gain = self._read(f"{family.norm}.weight")
-            return ((stored.to(torch.float64) * gain) @ stream).to(stored.dtype)
-        if not self.in_block(name):
+            return _by_rows(lambda rows: (rows * gain) @ stream, stored)
+        if any(re.fullmatch(pattern, module) for pattern in family.feeds):
+            return (stream.T @ self._read(name)).to(self.original.tensor(name).dtype)
+        if not name.startswith(f"{family.blocks}."):
             return self.original.tensor(name)
         index, _, path = module.removeprefix(family.blocks + ".").partition(".")
         return self._in_block(name, int(index), path, kind)
@@ -100,3 +108,8 @@ class RotatedCheckpoint(Checkpoint):
 
     def _read(self, name: str) -> Tensor:
         return self.original.tensor(name).to(torch.float64)
+
+
+def _by_rows(function: Callable[[Tensor], Tensor], x_NK: Tensor) -> Tensor:
+    """``function`` of rows in float64, a few thousand at a time, as a tensor like ``x_NK``: a vocabulary is long."""
+    return torch.cat([function(rows.to(torch.float64)).to(x_NK.dtype) for rows in x_NK.split(ROWS)])

@@ -30,7 +30,7 @@ def generate(
             show(text)
 
     tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(next(model.parameters()).device)
-    length, context = tokens.shape[1], model.config.max_position_embeddings
+    length, context = tokens.shape[1], model.config.get_text_config().max_position_embeddings
     if length == 0:
         raise ValueError("the prompt is empty")
     if length >= context:

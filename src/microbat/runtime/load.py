@@ -80,7 +80,7 @@ def _read(folder: Path) -> tuple[Checkpoint, Iterable[StoredBlock]]:
     if not (folder / OTHER_SHARD).is_file():
         raise ValueError(f"{folder} lacks {OTHER_SHARD}")
     read_shard(folder / OTHER_SHARD)  # an altered tensor shows here, with its name
-    return checkpoint, (read_block(folder / block_shard(i)) for i in range(checkpoint.config.num_hidden_layers))
+    return checkpoint, (read_block(folder / block_shard(i)) for i in range(len(checkpoint.blocks)))
 
 
 def assemble(
@@ -96,10 +96,9 @@ def assemble(
     ``linear`` makes a quantized layer of its site, codes and bias; None: one with a float weight of ``dtype``.
     """
     linear = linear or partial(dequantized, dtype=dtype)
-    family = checkpoint.family
     model = checkpoint.skeleton()
-    for index, (block, stored) in enumerate(zip(model.get_submodule(family.blocks), blocks, strict=True)):
-        name = f"{family.blocks}.{index}"
+    for (_, name), stored in zip(checkpoint.blocks, blocks, strict=True):
+        block = model.get_submodule(name)
         own = next((key for key in checkpoint.names if key.startswith(f"{name}.")), None)
         if own is None:
             raise ValueError(f"{checkpoint.path} has no tensor of {name}, which config.json asks for")
@@ -111,7 +110,7 @@ def assemble(
         missing = [key for key in missing if not is_quantizers(key)]
         if missing:
             raise ValueError(f"{file} lacks {name}.{missing[0]}")
-    checkpoint.load_into(model.get_submodule(family.embedding), family.embedding, dtype)
+    checkpoint.load_entry(model, dtype)
     checkpoint.load_head(model, dtype)
     model.generation_config = checkpoint.generation_config
     return model.to(device).requires_grad_(False)

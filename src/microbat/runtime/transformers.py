@@ -30,7 +30,7 @@ from microbat.export.folder import (
 )
 from microbat.linear import install
 from microbat.models.attention import attention_function
-from microbat.models.base import family_of
+from microbat.models.base import block_names, family_of
 from microbat.runtime.composite import packed_linear
 
 
@@ -63,18 +63,21 @@ class MicrobatQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str], **kwargs: Any
     ) -> None:
         self.folder = Path(checkpoint_files[0]).parent
-        self.blocks = family_of(model.config.model_type).blocks
-        ours = [re.escape(self.blocks) + r"\.\d+\.(sites|kv)\."]
-        for index, block in enumerate(model.get_submodule(self.blocks)):
+        self.blocks = block_names(family_of(model.config.model_type), model)
+        ours = []
+        for index, name in enumerate(self.blocks):
+            block = model.get_submodule(name)
+            ours.append(re.escape(name) + r"\.(sites|kv)\.")
             for path in quantized_layers(self.folder / block_shard(index)):
                 block.set_submodule(path, _Awaited(block.get_submodule(path)))
-                ours.append(re.escape(f"{self.blocks}.{index}.{path}.") + r"(\d+\.)?weight")
+                ours.append(re.escape(f"{name}.{path}.") + r"(\d+\.)?weight")
             for path in given_biases(self.folder / block_shard(index)):
-                ours.append(re.escape(f"{self.blocks}.{index}.{path}.bias"))
+                ours.append(re.escape(f"{name}.{path}.bias"))
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ours}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for index, block in enumerate(model.get_submodule(self.blocks)):
+        for index, name in enumerate(self.blocks):
+            block = model.get_submodule(name)
             shard = self.folder / block_shard(index)
             stored = read_block(shard)
             check_fit(block, stored, shard)

@@ -97,7 +97,10 @@ class MicrobatConfig(QuantizationConfig):
         if revision is not None:
             raise ValueError(f"--revision {revision} of {model_name}: download it and serve the folder")
         self.folder = resolve(model_name)
-        self.blocks = family_of(hf_config.model_type).blocks
+        family = family_of(hf_config.model_type)
+        if family.towers:
+            raise ValueError(f"{family.name} folders were not tried in vLLM; AutoModelForImageTextToText loads them")
+        self.blocks = family.blocks
         self.layers = [
             frozenset(quantized_layers(self.folder / block_shard(index)))
             for index in range(hf_config.num_hidden_layers)

@@ -1,0 +1,194 @@
+"""Calibration on images with questions: a local folder, or a data set of the hub by name.
+
+A folder holds its images and one ``.jsonl`` file, a line a pair::
+
+    {"image": "images/0001.png", "question": "How many circles touch?", "answer": "2"}
+
+``image`` is a path below the folder; ``prompt`` may stand for ``question``; ``answer`` may be missing, the pair is then the
+question alone. ``gqa`` is the training split of GQA (arXiv 1902.09506), which BATQuant calibrates on (section 4.1.2: 128
+pairs). Images go through the model's own image processor, questions and answers through its chat template.
+"""
+
+# Shapes: L tokens of a pair, T patches of its image, P numbers of a patch.
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from microbat.calibrate.stream import Sample
+from microbat.models.base import Checkpoint
+
+HUB_PAIRS = {"gqa": ("lmms-lab/GQA", "train_balanced_images", "train_balanced_instructions", "train")}
+PROCESSOR = ("preprocessor_config.json", "processor_config.json")  # either says how images become patches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """``name`` is how errors call it; ``image`` a file or the encoded bytes."""
+
+    name: str
+    image: Path | bytes
+    question: str
+    answer: str | None
+
+
+def are_pairs(source: str) -> bool:
+    """Whether a calibration source holds images."""
+    return source in HUB_PAIRS or Path(source).is_dir()
+
+
+def check(source: str, checkpoint: Checkpoint) -> None:
+    """Raise ValueError for a folder without readable lines, and for a model that takes no images or lacks what prepares them."""
+    if not checkpoint.family.towers:
+        raise ValueError(
+            f"calibration {source!r} holds images, and family {checkpoint.family.name!r} takes none; give text, or a "
+            "vision-language model"
+        )
+    if not any((checkpoint.path / file).is_file() for file in PROCESSOR):
+        raise ValueError(
+            f"{checkpoint.path} has no {PROCESSOR[0]}: the model's image processor is missing. Copy it from the model's "
+            "page, or calibrate the language model alone, on text"
+        )
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise ImportError("images are read by Pillow, an extra: pip install 'microbat[vision]'") from error
+    if source not in HUB_PAIRS:
+        _lines(Path(source))
+
+
+def samples(
+    source: str, checkpoint: Checkpoint, num: int, length: int, generator: torch.Generator, *, skip_bad: bool
+) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
+    """``num`` pairs as the model is called with them, at most ``length`` tokens each, and why each skipped one was.
+
+    Drawn at random from the folder, or the first of a data set of the hub. A pair that is too long loses the end of its text.
+    Raises ValueError, naming the pair: for an image that cannot be read (with ``skip_bad`` it is left out), for one whose
+    tokens alone are more than ``length``, and where text and image disagree on how many tokens the image takes.
+    """
+    encoder = _Encoder(checkpoint)
+    made: list[Sample] = []
+    skipped: list[str] = []
+    for pair in _hub(source) if source in HUB_PAIRS else _shuffled(_lines(Path(source)), generator):
+        if len(made) == num:
+            break
+        try:
+            image = _opened(pair)
+        except ValueError as error:
+            if not skip_bad:
+                raise ValueError(f"{error}; --skip-bad leaves such pairs out") from error
+            skipped.append(str(error))
+            continue
+        made.append(encoder(pair, image, length))
+    if len(made) < num:
+        left = f", {len(skipped)} of them unreadable" if skipped else ""
+        raise ValueError(f"calibration {source!r} has {len(made) + len(skipped)} pairs{left}; {num} are asked for")
+    return tuple(made), tuple(skipped)
+
+
+class _Encoder:
+    """A pair to the model's inputs."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        from transformers import AutoImageProcessor, AutoTokenizer
+        from transformers.utils import is_torchvision_available
+
+        backend = {} if is_torchvision_available() else {"backend": "pil"}
+        self.images = AutoImageProcessor.from_pretrained(checkpoint.path, **backend)
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+        self.token_id = checkpoint.config.image_token_id
+        self.token = self.tokenizer.convert_ids_to_tokens(self.token_id)
+        if self.tokenizer.chat_template is None:
+            raise ValueError(f"the tokenizer in {checkpoint.path} has no chat template; images need one to stand in")
+
+    def __call__(self, pair: Pair, image: Any, length: int) -> Sample:
+        patches = self.images(images=[image], return_tensors="pt")
+        wanted = int(patches["image_grid_thw"].prod()) // self.images.merge_size**2
+        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": pair.question}]}
+        answer = [] if pair.answer is None else [{"role": "assistant", "content": pair.answer}]
+        text = self.tokenizer.apply_chat_template(
+            [question, *answer], tokenize=False, add_generation_prompt=pair.answer is None
+        )
+        places = text.count(self.token)
+        if places != 1:
+            raise ValueError(f"{pair.name}: its text has {places} places for images (token {self.token}), and 1 image")
+        tokens = self.tokenizer(text.replace(self.token, self.token * wanted), add_special_tokens=False)["input_ids"]
+        kept = torch.tensor([tokens[:length]])
+        found = int((kept == self.token_id).sum())
+        if found != wanted:
+            raise ValueError(
+                f"{pair.name}: {found} tokens for an image that takes {wanted}, in a pair of {len(tokens)} of which "
+                f"{kept.shape[1]} are kept; raise --max-seq-length, or make the image smaller"
+            )
+        return {
+            "input_ids": kept,
+            "mm_token_type_ids": (kept == self.token_id).to(torch.int32),
+            "pixel_values": patches["pixel_values"].to(torch.float32),
+            "image_grid_thw": patches["image_grid_thw"],
+        }
+
+
+def _lines(folder: Path) -> list[Pair]:
+    """The pairs of a folder, their images not read yet."""
+    files = sorted(folder.glob("*.jsonl"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise ValueError(f"calibration folder {folder} must hold one .jsonl file, a line a pair; it holds {found}")
+    pairs = []
+    for number, line in enumerate(files[0].read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        name = f"{files[0]}:{number}"
+        try:
+            row = json.loads(line)
+            pairs.append(
+                Pair(
+                    name=f"{name} ({row['image']})",
+                    image=folder / row["image"],
+                    question=row["question"] if "question" in row else row["prompt"],
+                    answer=row.get("answer"),
+                )
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{name} is not a pair with image, question (or prompt) and answer ({error})") from error
+    return pairs
+
+
+def _shuffled(pairs: list[Pair], generator: torch.Generator) -> Iterator[Pair]:
+    for index in torch.randperm(len(pairs), generator=generator).tolist():
+        yield pairs[index]
+
+
+def _hub(source: str) -> Iterator[Pair]:
+    """The first pairs of a data set of the hub, an image at a time."""
+    try:
+        from datasets import Image, load_dataset
+    except ImportError as error:
+        raise ValueError(f"calibration source {source!r} needs the 'datasets' package: pip install datasets") from error
+    name, images, questions, split = HUB_PAIRS[source]
+    rows = load_dataset(name, questions, split=split, streaming=True)
+    asked = {row["imageId"]: (row["question"], row["fullAnswer"]) for row in rows}
+    for row in load_dataset(name, images, split=split, streaming=True).cast_column("image", Image(decode=False)):
+        if (own := asked.get(row["id"])) is not None:
+            yield Pair(
+                name=f"{source} image {row['id']}",
+                image=row["image"]["bytes"],
+                question=own[0],
+                answer=own[1],
+            )
+
+
+def _opened(pair: Pair) -> Any:
+    """Its image, decoded, as RGB; ValueError, naming it, where it cannot be."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(pair.image) if isinstance(pair.image, bytes) else pair.image) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:  # Pillow's errors for what is missing, truncated, or no image
+        raise ValueError(f"{pair.name}: the image cannot be read ({error})") from error
