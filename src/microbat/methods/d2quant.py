@@ -83,7 +83,7 @@ class D2Quant(Corrector):
     def rotation(self, model: ModelData) -> Rotation | None:
         if not self.rotate:
             return None
-        width = model.checkpoint.config.hidden_size
+        width = model.checkpoint.width
         block = random_hadamard(min(GROUP, width & -width), torch.Generator().manual_seed(model.seed))
         return Rotation(stream=torch.block_diag(*[block] * (width // len(block))))
 
