@@ -534,6 +534,7 @@ def _list_formats() -> None:
         table.add_column(column)
     for name, format in formats().items():
         scales = " + ".join(f"{level.element.name} / {level.group}" for level in format.levels)
+        scales += "".join(f" + {term.element.name} x {term.factor.name}" for term in format.terms)
         default = default_rule(format)
         rules = ", ".join([default, *(r for r in rules_for(format) if r != default)])
         bits = f"{format.bits_per_element((4096, 4096)):.3f}"

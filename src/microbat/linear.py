@@ -8,7 +8,7 @@ them. ``QuantLinear`` multiplies it by a weight on its format's grid.
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -206,12 +206,14 @@ class QuantSite:
 @dataclass(frozen=True, kw_only=True)
 class QuantBlock:
     """A quantized transformer block as plain data: its sites, the codes of each linear layer by its path, and what
-    quantizes the cache of the module at ``attention`` (None: 16 bits)."""
+    quantizes the cache of the module at ``attention`` (None: 16 bits). ``biases`` [N], by path, stand for what the float layer
+    has, which may be none."""
 
     sites: tuple[QuantSite, ...]
     weights: dict[str, Weight]
     kv: KVQuantizer | None = None
     attention: str = "self_attn"
+    biases: dict[str, Tensor] = field(default_factory=dict)
 
     def thawed(self) -> "QuantBlock":
         """The same block, its clips learning on; transforms are shared with it."""
@@ -258,7 +260,7 @@ def install(block: nn.Module, quantized: QuantBlock, make: Linear = dequantized)
     for site in quantized.sites:
         site_input = SiteInput(site.transform, site.quantizer, num_consumers=len(site.consumers))
         for path in site.consumers:
-            bias = getattr(block.get_submodule(path), "bias", None)
+            bias = quantized.biases.get(path, getattr(block.get_submodule(path), "bias", None))
             bias = None if bias is None else bias.detach()
             block.set_submodule(path, make(site_input, quantized.weights[path], bias))
     if quantized.kv is not None:

@@ -92,6 +92,11 @@ class Recipe:
         for method in built:
             method.check(self.parsed_scheme())
         for preparer in preparers:
+            if solver.reorders:
+                raise ValueError(
+                    f"{solver.name} takes channels in an order of its own, and {preparer.name} may map them before it: "
+                    "leave their order with --set order=natural"
+                )
             if preparer.solvers and solver.name not in preparer.solvers:
                 raise ValueError(
                     f"solver {solver.name!r} does not know the weights of {preparer.name!r}; it goes with "

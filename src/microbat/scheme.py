@@ -1,6 +1,7 @@
 """Schemes: which format each role is stored in, as people write it: ``W4A4KV16``, ``W4A8``, ``W4A4KV16:nvfp4``.
 
-Bits name the default format of that width; names after a colon replace it for the roles of the same width.
+Bits name the default format of that width; names after a colon replace it for the roles of the same width. A ternary code
+counts as 2 bits here (``W2A16:ternary``), though five of them are packed in 8.
 """
 
 import re
@@ -11,7 +12,7 @@ from microbat.formats.scales import sees_tensor
 from microbat.quantizers.base import AbsMax
 from microbat.registry import instances, unknown
 
-DEFAULT_FORMATS = {4: "mxfp4", 6: "mxfp6_e2m3", 8: "mxfp8_e4m3"}
+DEFAULT_FORMATS = {2: "int2", 3: "int3", 4: "mxfp4", 6: "mxfp6_e2m3", 8: "mxfp8_e4m3"}
 PATTERN = re.compile(r"W(?P<w>\d+)A(?P<a>\d+)(KV(?P<kv>\d+))?(:(?P<formats>[\w,]+))?", re.IGNORECASE)
 EXAMPLES = (
     "W4A4KV16",
@@ -23,6 +24,9 @@ EXAMPLES = (
     "W4A4KV16:nvfp4",
     "W4A8:int4,int8",
     "W4A4KV8:hif4,hif8",
+    "W2A16",
+    "W3A16KV8:int3_g64,mxfp8_e4m3",
+    "W2A16:ternary",
 )
 
 
@@ -83,8 +87,14 @@ class Scheme:
         if bits == 16:
             return None
         if bits not in named and bits not in DEFAULT_FORMATS:
-            raise ValueError(f"scheme {text!r}: no format of {bits} bits for {role} (allowed: 4, 6, 8, 16)")
+            allowed = ", ".join(map(str, (*DEFAULT_FORMATS, 16)))
+            raise ValueError(f"scheme {text!r}: no format of {bits} bits for {role} (allowed: {allowed})")
         format = named.get(bits) or known[DEFAULT_FORMATS[bits]]
+        if format.terms and role != "weights":
+            raise ValueError(
+                f"scheme {text!r}: {format.name} is for weights alone, its blocks are fitted; "
+                f"choose 4 bits or more for {role}"
+            )
         return AbsMax(format=format, rule=rule)
 
     @property

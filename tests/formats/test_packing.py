@@ -18,7 +18,7 @@ def test_six_bit_codes_are_little_endian_in_three_bytes():
     assert pack_bits(codes, 6).tolist() == [[word & 255, word >> 8 & 255, word >> 16]]
 
 
-@pytest.mark.parametrize("bits", [4, 6])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
 @pytest.mark.parametrize("width", [1, 5, 32, 47])
 def test_round_trip(bits, width):
     codes = torch.randint(1 << bits, (3, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -26,8 +26,8 @@ def test_round_trip(bits, width):
 
 
 def test_other_widths_are_refused():
-    with pytest.raises(ValueError, match="codes of 3 bits"):
-        pack_bits(torch.zeros(1, 4, dtype=torch.uint8), 3)
+    with pytest.raises(ValueError, match="codes of 5 bits"):
+        pack_bits(torch.zeros(1, 4, dtype=torch.uint8), 5)
 
 
 def test_tensor_names_and_types_are_those_of_compressed_tensors():

@@ -25,6 +25,7 @@ PREPARERS = {name: kind for name, kind in methods().items() if issubclass(kind, 
 SETTINGS = {
     # Refining fits the activations' side to codes that have no error here: Adam would follow rounding noise.
     "batquant": {"epochs": 2, "clip": False, "weight_clip": False, "init": "orthogonal", "refine_epochs": 0},
+    "d2quant": {"dual": False},  # its formats are not quantized to by AbsMax
     "flatquant": {"epochs": 1},
     "brq": {"steps": 2},
     "smoothquant": {"alpha": 0.6},

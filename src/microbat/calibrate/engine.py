@@ -14,6 +14,7 @@ from the tower is quantized in one stream and float in the other.
 
 import contextlib
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,20 +27,21 @@ from torch import Tensor, nn
 
 from microbat.calibrate.experts import counted, expert_hessians, floor_of, solve_experts
 from microbat.calibrate.fake import faked, transformed
+from microbat.calibrate.inputs import SiteStream, correction, statistics, watch
 from microbat.calibrate.memory import allocate
-from microbat.calibrate.stats import Hessian
 from microbat.calibrate.stream import Activations, Passage, Sample, passage
 from microbat.experts import linear
 from microbat.formats.block import QTensor
 from microbat.formats.composite import Composite, format_name
 from microbat.kv import KVQuantizer
 from microbat.linear import QuantBlock, QuantLinear, QuantSite, SiteInput, install
-from microbat.methods.base import Method, Plan, Preparer, Quant, SitePlan, Solution, Solver, Statistics
+from microbat.methods.base import Method, Plan, Preparer, Quant, SitePlan, Solution, Solver
 from microbat.models.base import Checkpoint, Stack, linear_layers
 from microbat.quantizers.clip import Clip
 from microbat.quantizers.mixed import Mixed
 from microbat.quantizers.residual import effective, facing
 from microbat.scheme import Scheme
+from microbat.transforms.permutation import Permutation
 
 Precision = Literal["float32", "bfloat16"]
 MEASURED_SEQUENCES = 4  # per-layer errors and activation pictures come from the first few calibration sequences
@@ -164,7 +166,7 @@ class _Data:
         with contextlib.ExitStack() as stack:
             for path, see in seen.items():
                 keep = lambda inputs, output, see=see: see(_sequences(inputs[0]).to(torch.float32))  # noqa: E731
-                stack.enter_context(_watch(self.block.get_submodule(path), keep))
+                stack.enter_context(watch(self.block.get_submodule(path), keep))
             for _ in self._runner.outputs(self.block, self.float_inputs):
                 pass
 
@@ -398,11 +400,15 @@ def _quantize_block(
     weights = {path: data.block.get_submodule(path).weight for site in plan.sites for path in site.weights}
     attention = data.block.get_submodule(plan.attention)
     frozen, attention.kv = _frozen(plan)
-    codes, notes = _solve(job, data, name, frozen, {**weights, **plan.latents})
+    solved = _solve(job, data, name, frozen, {**weights, **plan.latents})
+    for site, done in zip(plan.sites, frozen, strict=True):
+        site.transform = done.transform  # the solver may have ordered the channels
+    codes = solved.codes
     for preparer in job.preparers:
         preparer.refine(data, plan, codes, job.solver)
     frozen, attention.kv = _frozen(plan)
-    layers, activations = _measure(job, data, name, frozen, weights, codes, notes, observe)
+    layers, activations = _measure(job, data, name, frozen, weights, codes, solved.notes, observe)
+    codes, biases = _folded(data.block, frozen, solved)
     sites = tuple(
         QuantSite(name=p.site.name, consumers=tuple(p.weights), transform=p.transform, quantizer=p.activation)
         for p in frozen
@@ -410,7 +416,8 @@ def _quantize_block(
     seconds = given.prepared.seconds if given.prepared else 0.0
     record = Record(name=name, index=data.index, error=0.0, seconds=seconds, loss=plan.loss, layers=layers)
     record.activations = activations
-    return QuantBlock(sites=sites, weights=codes, kv=attention.kv, attention=plan.attention), record
+    quantized = QuantBlock(sites=sites, weights=codes, kv=attention.kv, attention=plan.attention, biases=biases)
+    return quantized, record
 
 
 def _initial_plan(job: Job, stack: Stack, name: str, block: nn.Module) -> Plan:
@@ -448,12 +455,22 @@ def _freeze(site: SitePlan) -> SitePlan:
     return SitePlan(site=site.site, transform=transform, activation=activation, weights=weights)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Solved:
+    """Codes of a block's linear layers, what the solver said of each, and the biases that correctors gave, by path."""
+
+    codes: dict[str, QTensor | Composite]
+    notes: dict[str, dict[str, float]]
+    biases: dict[str, Tensor]
+
+
 @torch.no_grad()
-def _solve(
-    job: Job, data: _Data, name: str, plans: list[SitePlan], weights: dict[str, Tensor]
-) -> tuple[dict[str, QTensor | Composite], dict[str, dict[str, float]]]:
-    """Codes of every linear layer, in the order of the data flow: later sites see earlier ones quantized."""
-    codes, notes = {}, {}
+def _solve(job: Job, data: _Data, name: str, plans: list[SitePlan], weights: dict[str, Tensor]) -> _Solved:
+    """Codes of every linear layer, in the order of the data flow: later sites see earlier ones quantized and corrected.
+
+    Where the solver takes a site's channels in an order of its own, that becomes the site's transform in ``plans``.
+    """
+    solved = _Solved(codes={}, notes={}, biases={})
     block = data.block
     originals = {path: block.get_submodule(path) for plan in plans for path in plan.weights}
     targets: dict[str, Tensor] = {}
@@ -468,43 +485,51 @@ def _solve(
     try:
         for plan in plans:
             own = {path: targets.pop(path) for path in plan.weights}
-            for path, solution in _solve_site(job, data, name, plan, inputs[plan.site.name], own).items():
-                rounded, notes[path] = solution.weight.dequantize(), dict(solution.notes)
-                codes[path] = facing(plan.activation, solution.weight)
-                block.get_submodule(path).weight = facing(plan.activation, rounded)
-                notes[path]["weight_error"] = _ratio(rounded - own[path], own[path])
+            if next(iter(own.values())).dim() == 3:
+                shift, found = None, _solve_experts(job, data, name, plan, inputs[plan.site.name], own)
+            else:
+                stream = _stream(job, data, plan, inputs[plan.site.name], originals)
+                shift = correction(stream, job.preparers) if solved.codes else None
+                found = job.solver.solve_site(own, plan.weights, statistics(stream, job.solver.needs, shift))
+            order = next(iter(found.values())).order
+            if order is not None:
+                plan.transform = Permutation(width=len(order), order=order)
+                shift = None if shift is None else shift[order]
+                site = SiteInput(plan.transform, plan.activation, num_consumers=len(plan.weights))
+                for path in plan.weights:
+                    own[path], block.get_submodule(path).site = own[path][:, order], site
+            for path, solution in found.items():
+                rounded, notes = solution.weight.dequantize(), dict(solution.notes)
+                solved.codes[path], solved.notes[path] = facing(plan.activation, solution.weight), notes
+                layer = block.get_submodule(path)
+                layer.weight = facing(plan.activation, rounded)
+                notes["weight_error"] = _ratio(rounded - own[path], own[path])
+                if shift is not None:
+                    bias = rounded @ shift
+                    solved.biases[path] = bias if layer.bias is None else bias + layer.bias
+                    layer.bias = nn.Parameter(solved.biases[path], requires_grad=False)
     finally:
         for path, module in originals.items():
             block.set_submodule(path, module)
-    return codes, notes
+    return solved
 
 
-def _solve_site(
+def _solve_experts(
     job: Job, data: _Data, name: str, plan: SitePlan, site: SiteInput, weights: dict[str, Tensor]
 ) -> dict[str, Solution]:
-    """Codes of the ``weights`` that read one activation, on its statistics as quantized, where the solver wants them."""
-    first, weight = next(iter(weights.items()))
-    run = partial(_run_until, data, first)
-    quantized = lambda x: effective(site.quantizer, site(x))  # noqa: E731
-    if weight.dim() == 3:
-        path = job.checkpoint.family.experts
-        module = data.block.get_submodule(path)
-        hessians = partial(
-            expert_hessians,
-            module,
-            run,
-            quantized,
-            weight.shape[-1],
-            floor=floor_of(module, job.min_expert_tokens),
-            name=f"{name}.{path}",
-        )
-        return solve_experts(job.solver, weights, plan.weights, hessians)
-    statistics = None
-    if "hessian" in job.solver.needs:
-        hessian = Hessian(weight.shape[-1], job.device)
-        run(lambda x: hessian.add(quantized(x)))
-        statistics = Statistics(hessian=hessian.mean)
-    return job.solver.solve_site(weights, plan.weights, statistics)
+    """Codes of the experts' ``weights`` that read one activation, each expert's on the statistics of its own tokens."""
+    path, (first, weight) = job.checkpoint.family.experts, next(iter(weights.items()))
+    module = data.block.get_submodule(path)
+    hessians = partial(
+        expert_hessians,
+        module,
+        partial(_run_until, data, first),
+        lambda x: effective(site.quantizer, site(x)),
+        weight.shape[-1],
+        floor=floor_of(module, job.min_expert_tokens),
+        name=f"{name}.{path}",
+    )
+    return solve_experts(job.solver, weights, plan.weights, hessians)
 
 
 class _Seen(Exception):
@@ -528,6 +553,46 @@ def _run_until(data: _Data, path: str, see: Callable[..., None]) -> None:
         handle.remove()
 
 
+def _stream(job: Job, data: _Data, plan: SitePlan, site: SiteInput, originals: dict[str, nn.Module]) -> SiteStream:
+    return SiteStream(
+        block=data.block,
+        plan=plan,
+        site=site,
+        originals=originals,
+        attention=data.block.get_submodule(data._stack.attention),
+        step=data._runner.step,
+        inputs=data.inputs,
+        float_inputs=data.float_inputs,
+        device=job.device,
+        # A block that stops has seen one sample of those that go one by one.
+        batch=1 if data.inputs.lengths else job.batch,
+    )
+
+
+def _folded(
+    block: nn.Module, plans: list[SitePlan], solved: _Solved
+) -> tuple[dict[str, QTensor | Composite], dict[str, Tensor]]:
+    """Codes and biases with the columns' factors of weights in the rows of what produces their activation, whose codes stay."""
+    codes, biases = dict(solved.codes), dict(solved.biases)
+    for plan in plans:
+        for path in plan.weights:
+            q, producer = codes[path], plan.site.producer
+            if not isinstance(q, QTensor) or q.columns is None:
+                continue
+            module, made = block.get_submodule(producer), codes.get(producer)
+            if isinstance(made, QTensor):
+                codes[producer] = made.with_rows(q.columns)
+            else:
+                module.weight = nn.Parameter(module.weight * q.columns[:, None], requires_grad=False)
+            bias = biases.get(producer, module.bias)
+            if producer in biases:
+                biases[producer] = biases[producer] * q.columns
+            elif bias is not None:
+                module.bias = nn.Parameter(bias * q.columns, requires_grad=False)
+            codes[path] = dataclasses.replace(q, columns=None)
+    return codes, biases
+
+
 def _measure(
     job: Job,
     data: _Data,
@@ -545,7 +610,7 @@ def _measure(
         for plan in plans:
             first = data.block.get_submodule(next(iter(plan.weights)))
             keep = lambda inputs, output, key=plan.site.name: seen.setdefault(key, inputs)  # noqa: E731
-            stack.enter_context(_watch(first, keep))
+            stack.enter_context(watch(first, keep))
         rows = torch.arange(min(MEASURED_SEQUENCES, len(data.inputs)))
         with torch.no_grad():
             data._runner.step(data.block, data.inputs[rows], rows)
@@ -670,20 +735,6 @@ def _passages(job: Job, model: nn.Module, stack: Stack, towers: _Towers) -> list
         there = {name: tensor.to(job.device) for name, tensor in sample.items()}
         passages.append(passage(model, stack, there, before))
     return passages
-
-
-@contextlib.contextmanager
-def _watch(module: nn.Module, see: Callable[[tuple, Tensor], Any]) -> Iterator[None]:
-    """Call ``see(inputs, output)`` at every call of ``module``."""
-
-    def hook(_: nn.Module, inputs: tuple, output: Tensor) -> None:
-        see(inputs, output)
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _sequences(x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@
 Names inside a shard: ``<layer>.weight_packed`` / ``.weight`` and ``<layer>.weight_scale`` as in compressed-tensors
 (:mod:`microbat.formats.packing`), those of experts as ``mlp.experts.<number>.gate_proj.weight_packed``, one tensor [N, K] each;
 ``<block>.sites.<site>.transform.<parameter>`` and ``<block>.sites.<site>.clip`` [G, 2]
-for what compressed-tensors cannot express. A shard's metadata says which site has which transform, so that it can be
+for what compressed-tensors cannot express. ``<layer>.bias`` is there for layers without a bias too, where calibration gave them
+one; the shard's metadata lists those. A shard's metadata says which site has which transform, so that it can be
 read alone, and the digest of each of its tensors, so that what was altered is refused by name. While a run goes on its
 shards lie in ``<folder>.partial`` and become the folder by one rename at the end.
 """
@@ -110,6 +111,9 @@ def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tens
                 tensors |= {f"{name}.{own}.{key}": t for key, t in stored.items()}
         sites.append(entry)
     description: dict[str, Any] = {"name": name, "sites": sites, **({"experts": stacks} if stacks else {})}
+    if block.biases:
+        description["biases"] = sorted(block.biases)
+        tensors |= {f"{name}.{path}.bias": bias for path, bias in block.biases.items()}
     if block.kv is not None:
         kv, prefix = block.kv, f"{name}.kv"
         description["kv"] = {"attention": block.attention}
@@ -176,11 +180,20 @@ def _block_of(description: dict[str, Any], tensors: dict[str, Tensor], path: Pat
                     ) from error
             weights[layer] = type(read[0]).stack(read) if len(stored["shape"]) == 3 else read[0]
         sites.append(_read_site(entry, tensors, formats))
-    quantized = QuantBlock(sites=tuple(sites), weights=weights)
+    biases = {layer: tensors[f"{layer}.bias"] for layer in description.get("biases", ())}
+    quantized = QuantBlock(sites=tuple(sites), weights=weights, biases=biases)
     if "kv" in description:
         kv = _read_kv(description["kv"], tensors, formats)
         quantized = dataclasses.replace(quantized, kv=kv, attention=description["kv"]["attention"])
     return StoredBlock(quantized=quantized, floats=tensors)
+
+
+def given_biases(path: Path) -> list[str]:
+    """Paths, inside its block, of the linear layers that calibration gave a bias; no tensor is read."""
+    from safetensors import safe_open
+
+    with _reading(path), safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["microbat"]).get("biases", [])
 
 
 def quantized_layers(path: Path) -> list[str]:
@@ -356,6 +369,9 @@ def check_fit(block: nn.Module, stored: StoredBlock, shard: Path) -> None:
         shape, wanted = stored.quantized.shape(path), tuple(block.get_submodule(path).weight.shape)
         if shape != wanted:
             raise ValueError(f"shard {shard}: {path} is {shape}; config.json makes it {wanted}")
+    for path, bias in stored.quantized.biases.items():
+        if tuple(bias.shape) != stored.quantized.shape(path)[:1]:
+            raise ValueError(f"shard {shard}: {path}.bias is {tuple(bias.shape)}, not one number a row of the weight")
     parameters = dict(block.named_parameters())
     for name, tensor in stored.floats.items():
         if name in parameters and tensor.shape != parameters[name].shape:

@@ -177,6 +177,11 @@ def reasons_against(
     for block in blocks:
         for site in block.sites:
             found.update(_site_reasons(target, site, block))
+        if block.biases:
+            found[
+                f"{', '.join(block.biases)} were given a bias, for which the model's own code has no place; keep the microbat "
+                "folder, or quantize without correction (--set correct=false)"
+            ] += 1
         for site in (site for stack in family.stacks for site in stack.sites) if target.fuses else ():
             kept = [path for path in site.consumers if path in block.weights]
             if 0 < len(kept) < len(site.consumers):

@@ -1,15 +1,16 @@
 """Block formats and the tensors stored in them.
 
 A :class:`BlockFormat` is an element plus its levels of scale, outermost first: perhaps one for the whole tensor; the block's
-own; perhaps levels inside a block, that multiply parts of it by powers of two. A :class:`QTensor` is codes and
-scales in such a format: the only currency between quantizing, exporting and running.
+own; perhaps levels inside a block, that multiply parts of it by powers of two; perhaps further terms, numbers of the block that
+are added, each times what the code says. A :class:`QTensor` is codes and scales in such a format: the only currency between
+quantizing, exporting and running.
 """
 
 # Shapes: L leading, K last axis (the reduction axis), G groups along K, B block size; K padded to G * B. S: parts of a block
-# that have a scale inside it, those of all inner levels one level after the other.
+# that have a scale inside it, those of all inner levels one level after the other. M: terms of a block beside its scale.
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -43,17 +44,30 @@ class Reciprocal:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Term:
+    """A number of each block beside its scale, stored in ``element``: a code adds it times what the code means in ``factor``.
+
+    An offset is a term that every code multiplies by 1.
+    """
+
+    factor: Element
+    element: Element
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockFormat:
-    """``element`` scaled by ``levels``, outermost first; the value of a code is ``code * product of its scales``.
+    """``element`` scaled by ``levels``, outermost first; the value of a code is ``code * product of its scales``, plus each of
+    ``terms`` times its factor.
 
     Levels inside the block's own have elements of one bit, 1 or 2: a part of a block is doubled where its largest magnitude
-    needs it. ``reciprocal`` None: values are divided by their scales, in float32.
+    needs it. ``reciprocal`` None: values are divided by their scales, in float32. Formats with ``terms`` have one level.
     """
 
     name: str
     element: Element
     levels: tuple[Level, ...]
     reciprocal: Reciprocal | None = None
+    terms: tuple[Term, ...] = ()
 
     def __hash__(self) -> int:  # formats are keys on the way of every token; the fields' own hash takes microseconds
         return hash(self.name)
@@ -81,6 +95,12 @@ class BlockFormat:
         """Whether it is what kernels are written for: no levels inside a block, an element of fields, division, ties to even."""
         usual = type(self.element) is Element and self.element.ties == "even"
         return usual and not self.inner and self.reciprocal is None
+
+    @cached_property
+    def bases(self) -> Tensor:
+        """float32 [1 + M, C]: what each code that means a number multiplies the block's scale and its terms with."""
+        tables = torch.stack([self.element.table, *(term.factor.table for term in self.terms)])
+        return tables[:, torch.isfinite(tables).all(0)]
 
     @property
     def block(self) -> int | None:
@@ -132,7 +152,8 @@ class BlockFormat:
         scales = self.levels[0].element.bits if self.has_tensor_scale else 0
         scales += blocks * self.scale_element.bits
         scales += blocks * sum((self.block or 0) // group * element.bits for group, element in self.inner)
-        return self.element.bits + scales / numel
+        scales += blocks * sum(term.element.bits for term in self.terms)
+        return self.element.packed_bits(width) / width + scales / numel
 
 
 def split_blocks(x: Tensor, block: int) -> Tensor:
@@ -156,7 +177,9 @@ class QTensor:
     """A quantized tensor: one uint8 code per element and float32 scale values (exactly representable in their format).
 
     ``codes`` [..., K]; ``scales`` [..., G], one per block along K; ``tensor_scale`` [] or None for formats without one, [E, 1, 1]
-    in a stack of tensors [E, N, K]; ``inner`` uint8 codes [..., G, S] of the scales inside each block, or None.
+    in a stack of tensors [E, N, K]; ``inner`` uint8 codes [..., G, S] of the scales inside each block, or None; ``terms``
+    [..., G, M], the block's terms, or None. ``columns`` [K], or None, multiplies each of a weight's columns until it is
+    folded into what produces the activation: it is not stored.
     """
 
     format: BlockFormat
@@ -164,6 +187,8 @@ class QTensor:
     scales: Tensor
     tensor_scale: Tensor | None = None
     inner: Tensor | None = None
+    terms: Tensor | None = None
+    columns: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -204,6 +229,22 @@ class QTensor:
         """float32 [..., K]: code value times its scale (a block scale meets its tensor scale first)."""
         scale = self.scales if self.tensor_scale is None else self.scales * self.tensor_scale
         scale = scale[..., None] if self.inner is None else scale[..., None] * self.format.factors(self.inner)
-        values = self.format.element.decode(self.codes)
         block = self.format.block_of(self.shape[-1])
-        return join_blocks(split_blocks(values, block) * scale, self.shape[-1])
+        values = split_blocks(self.format.element.decode(self.codes), block) * scale
+        if self.terms is not None:
+            for number, term in enumerate(self.format.terms):
+                values = values + split_blocks(term.factor.decode(self.codes), block) * self.terms[..., number, None]
+        values = join_blocks(values, self.shape[-1])
+        return values if self.columns is None else values * self.columns
+
+    def with_rows(self, factor: Tensor) -> "QTensor":
+        """A weight [N, K] whose rows are multiplied by ``factor`` [N] > 0: the same codes, scales and terms rounded to what they
+        are stored in. ValueError where the format's scales are powers of two."""
+        level = self.format.scale_element
+        if level.is_power_of_two or self.format.has_tensor_scale:
+            raise ValueError(f"rows of {self.format.name} take no factors: its block scales are {level.name}")
+        scales, terms = level.round(self.scales * factor[:, None]), None
+        if self.terms is not None:
+            scaled = self.terms * factor[:, None, None]
+            terms = torch.stack([t.element.round(scaled[..., i]) for i, t in enumerate(self.format.terms)], dim=-1)
+        return replace(self, scales=scales, terms=terms)

@@ -72,6 +72,15 @@ class Element:
         return int(self.signed) + self.exponent_bits + self.mantissa_bits
 
     @property
+    def is_trit(self) -> bool:
+        """Whether five codes are packed into a byte."""
+        return False
+
+    def packed_bits(self, width: int) -> int:
+        """Bits of a row of ``width`` packed codes."""
+        return 8 * -(-width // 5) if self.is_trit else self.bits * width
+
+    @property
     def emin(self) -> int:
         """Exponent of the smallest normal number; for fixed point, of the whole range."""
         if self.is_fixed_point:
@@ -185,6 +194,31 @@ class Element:
         if field == 0 and self.subnormals:
             return sign * mantissa * self.min_subnormal
         return sign * (1 + mantissa / (1 << self.mantissa_bits)) * 2.0 ** (field - self.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed(Element):
+    """Codes 0, 1, 2 ... that mean ``values``, in any order: what a block's numbers are multiplied with, and rounded to only
+    together with them (``quantizers.sums``). Three values are packed five codes a byte, 1.6 bits each."""
+
+    values: tuple[float, ...]
+
+    @property
+    def max(self) -> float:
+        return max(abs(value) for value in self.values)
+
+    @property
+    def is_trit(self) -> bool:
+        return len(self.values) == 3
+
+    def _value(self, code: int) -> float:
+        return self.values[code] if code < len(self.values) else float("nan")
+
+
+def listed(name: str, values: tuple[float, ...]) -> Listed:
+    """The element whose codes mean ``values``, in as few bits as these take."""
+    bits = (len(values) - 1).bit_length()
+    return Listed(name=name, exponent_bits=0, mantissa_bits=bits, bias=0, signed=False, values=values)
 
 
 E2M1 = Element(name="e2m1", exponent_bits=2, mantissa_bits=1, bias=1)

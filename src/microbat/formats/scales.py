@@ -34,6 +34,15 @@ full_range     INT: amax becomes (2^n - 1) / 2, 127.5 or 7.5, half a step beyond
                -amax takes the code -2^(n-1), which is as far from it as its neighbour and stays unused here
 mse            HiF4: the best of seven neighbouring scales, three to each side of absmax's, by squared error
 =============  ==============================================================================================
+
+Formats with terms (``quantizers.sums``) get scale and terms of a block together:
+
+=============  ==============================================================================================
+minmax         int2, int3: the range from the smallest to the largest value, 0 included and on the grid
+mse            the same range times the best of 1, 0.99 ... 0.21, by the errors' 2.4th power (GPTQ's clip search)
+fit            the values that the codes ask for and the nearest codes, in turns, by least squares: PT2-LLM's iterative
+               fitting (ternary), D2Quant's alternating least squares without columns (dual2, dual3)
+=============  ==============================================================================================
 """
 
 import math
@@ -88,6 +97,8 @@ WHOLE_TENSOR_RULES = ("pts",)
 
 def rules_for(format: BlockFormat) -> tuple[str, ...]:
     """The names of the rules that ``format`` can be used with."""
+    if format.terms:
+        return ("mse", "minmax", "fit") if format.element.max > 1 else ("fit",)
     if format.scale_element.is_power_of_two:
         tapers = format.element.home < format.element.emax
         return ("floor", "mse", "unit", "pts") if tapers else ("floor", "even", "rceil", "ceil", "mse")

@@ -21,12 +21,13 @@ from microbat.models.base import Checkpoint, Site
 from microbat.models.rotation import Rotation
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
+from microbat.quantizers.dual import DualScale
 from microbat.quantizers.mixed import Mixed
 from microbat.quantizers.residual import Residual
 from microbat.scheme import Scheme
 from microbat.transforms.base import BlockDiagonal, Transform
 
-Quant = AbsMax | Clip | Mixed
+Quant = AbsMax | Clip | Mixed | DualScale
 
 
 @dataclass(kw_only=True)
@@ -232,17 +233,34 @@ class Preparer(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """What a solver asked for about one site's input: ``hessian`` = X^T X / T [K, K], float64."""
+    """What a solver asked for about one site's input X: ``hessian`` = X^T X / T and ``deviation`` = (X' - X)^T X / T [K, K],
+    float64, X' the float model's input; None where it was not asked for."""
 
     hessian: Tensor
+    deviation: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """Codes of one weight, and what the solver has to say about how it got them."""
+    """Codes of one weight, and what the solver has to say about how it got them. ``order`` [K]: the solver took the input's
+    channels in another order, the same for all weights of the site, and so are the codes' columns."""
 
     weight: QTensor | Composite
     notes: dict[str, float] = field(default_factory=dict)
+    order: Tensor | None = None
+
+
+class Corrector(Preparer):
+    """Also repairs what solving left: a constant for each channel of an activation, stored as a bias of its linear layers."""
+
+    @abstractmethod
+    def corrects(self, site: Site) -> bool:
+        """Whether :meth:`shift` is asked for ``site``."""
+
+    @abstractmethod
+    def shift(self, deviation: Tensor) -> Tensor:
+        """What to add to a site's activation [K] once all before it is quantized. ``deviation`` [K] is the mean over tokens of
+        what the float block makes of the same inputs, less what the quantized one makes."""
 
 
 class Solver(Method):
@@ -254,6 +272,11 @@ class Solver(Method):
     needs: ClassVar[frozenset[str]] = frozenset()
     weight_lr: ClassVar[float | None] = None
     takes_stacks: ClassVar[bool] = False
+
+    @property
+    def reorders(self) -> bool:
+        """Whether it takes a site's channels in an order of its own (``Solution.order``), which no transform may then precede."""
+        return False
 
     @abstractmethod
     def solve(self, weight: Tensor, quantizer: Quant, statistics: Statistics | None) -> Solution:

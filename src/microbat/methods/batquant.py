@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.kv import KVQuantizer
 from microbat.methods.base import BlockData, ModelData, Plan, Preparer, SitePlan, Solver, Student, WholeModel
-from microbat.methods.learn import IN_ORDER, Inputs, Objective, Schedule, distill, refine_plan, train_plan
+from microbat.methods.learn import IN_ORDER, Inputs, Objective, Schedule, check_trains, distill, refine_plan, train_plan
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.scheme import Scheme
@@ -97,6 +97,10 @@ class BATQuant(Preparer):
     @property
     def in_order(self) -> str:
         return IN_ORDER.get(self.inputs, "")
+
+    def check(self, scheme: Scheme) -> None:
+        if self.epochs or self.weight_clip:
+            check_trains(self.name, scheme)
 
     def check_width(self, width: int, scheme: Scheme) -> None:
         """A format whose scales span a row has blocks as long as the layer is wide, which not every transform can be."""

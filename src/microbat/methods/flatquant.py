@@ -22,8 +22,18 @@ from torch import nn
 
 from microbat.kv import KVQuantizer
 from microbat.methods.base import BlockData, Plan, Preparer, SitePlan, Solver
-from microbat.methods.learn import IN_ORDER, Inputs, Objective, Schedule, channel_maxima, smoothing, train_plan
+from microbat.methods.learn import (
+    IN_ORDER,
+    Inputs,
+    Objective,
+    Schedule,
+    channel_maxima,
+    check_trains,
+    smoothing,
+    train_plan,
+)
 from microbat.quantizers.clip import Clip
+from microbat.scheme import Scheme
 from microbat.transforms.kronecker import FullBlocks, Kronecker, balanced_split
 
 SCALE_POWER = 0.3
@@ -56,6 +66,9 @@ class FlatQuant(Preparer):
     @property
     def in_order(self) -> str:
         return IN_ORDER.get(self.inputs, "")
+
+    def check(self, scheme: Scheme) -> None:
+        check_trains(self.name, scheme)
 
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
         for site in plan.sites:

@@ -21,6 +21,7 @@ from microbat.methods.base import BlockData, ModelData, Plan, Quant, Solver, Stu
 from microbat.models.base import Site
 from microbat.models.rotation import RotatedCheckpoint, Rotation
 from microbat.quantizers.clip import Clip
+from microbat.scheme import Scheme
 from microbat.transforms.base import Transform
 
 Objective = Literal["mse", "relative", "stream"]
@@ -55,6 +56,15 @@ def block_loss(output: Tensor, target: Tensor, source: Tensor, given: Tensor, ob
     if objective == "relative":
         energy = (target - source).square().sum(-1) + (given - source).square().sum(-1)
     return (error / energy.clamp(min=1e-12)).mean()
+
+
+def check_trains(name: str, scheme: Scheme) -> None:
+    """Raise ValueError where the gradient of ``scheme``'s weights is not known."""
+    if scheme.weight is not None and scheme.weight.format.terms:
+        raise ValueError(
+            f"{name} trains through its quantizers, and {scheme.weight.format.name} has no gradient for its offset or further "
+            f"scales (scheme {scheme.text}); choose gptq, gptaq, d2quant or pt2llm, or a format of 4 bits"
+        )
 
 
 def train_plan(data: BlockData, plan: Plan, solver: Solver, *, lr: float, clip_lr: float, schedule: Schedule) -> None:

@@ -30,8 +30,9 @@ class Site:
 
     ``producer`` None: nothing whose output's channels, multiplied by factors, multiply the activation's (what comes out of a
     GELU). ``normed``: the producer is a norm of the residual stream. ``headed``: the producer's output, the values, is mixed
-    over tokens on its way here, head by head; its lanes are heads times the head's size. ``readers``: modules with a weight
-    [N, K] that consume it too and stay in float (a router).
+    over tokens on its way here, head by head; its lanes are heads times the head's size. ``gated``: the producer's output is
+    multiplied by another activation on its way here, and nothing else, so that its rows' factors are the channels'. ``readers``:
+    modules with a weight [N, K] that consume it too and stay in float (a router).
     """
 
     name: str
@@ -39,6 +40,7 @@ class Site:
     consumers: tuple[str, ...]
     normed: bool = False
     headed: bool = False
+    gated: bool = False
     readers: tuple[str, ...] = ()
 
 
@@ -145,7 +147,7 @@ DECODER_SITES = (
     ),
     Site(name="o", producer="self_attn.v_proj", consumers=("self_attn.o_proj",), headed=True),
     Site(name="up", producer="post_attention_layernorm", consumers=("mlp.gate_proj", "mlp.up_proj"), normed=True),
-    Site(name="down", producer="mlp.up_proj", consumers=("mlp.down_proj",)),
+    Site(name="down", producer="mlp.up_proj", consumers=("mlp.down_proj",), gated=True),
 )
 # Of experts [E, N, K] (microbat.experts): one activation for all of a block's, whose tokens the router then deals out.
 EXPERT_SITES = (

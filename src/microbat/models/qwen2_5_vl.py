@@ -7,7 +7,7 @@ VISION_SITES = (
     Site(name="qkv", producer="norm1", consumers=("attn.qkv",), normed=True),
     Site(name="o", producer=None, consumers=("attn.proj",)),  # attn.qkv makes queries and keys as well
     Site(name="up", producer="norm2", consumers=("mlp.gate_proj", "mlp.up_proj"), normed=True),
-    Site(name="down", producer="mlp.up_proj", consumers=("mlp.down_proj",)),
+    Site(name="down", producer="mlp.up_proj", consumers=("mlp.down_proj",), gated=True),
 )
 QWEN2_5_VL_VISION = Stack(
     sites=VISION_SITES,

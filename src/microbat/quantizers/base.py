@@ -15,22 +15,35 @@ from torch import Tensor
 from microbat import native
 from microbat.formats.block import BlockFormat, QTensor, join_blocks, split_blocks
 from microbat.formats.scales import default_rule, rules_for, sees_tensor
-from microbat.quantizers import kernel
+from microbat.quantizers import kernel, sums
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scales:
     """What a tensor is divided by: one value a block [..., G]; for two-level formats one for the tensor []; codes of the scales
-    inside each block [..., G, S] where there are any."""
+    inside each block [..., G, S] where there are any. For formats with terms these [..., G, M]; and perhaps a factor for each
+    column [K]."""
 
     block: Tensor
     tensor: Tensor | None = None
     inner: Tensor | None = None
+    terms: Tensor | None = None
+    columns: Tensor | None = None
 
     @property
     def product(self) -> Tensor:
         """One value a block [..., G]: all levels but those inside it."""
         return self.block if self.tensor is None else self.block * self.tensor
+
+    @property
+    def numbers(self) -> Tensor:
+        """A block's scale and terms side by side [..., G, 1 + M]."""
+        assert self.terms is not None
+        return torch.cat([self.block[..., None], self.terms], dim=-1)
+
+    @classmethod
+    def of_numbers(cls, numbers: Tensor, columns: Tensor | None = None) -> "Scales":
+        return cls(block=numbers[..., 0], terms=numbers[..., 1:], columns=columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +92,8 @@ class AbsMax(Quantizer):
 
     def scales_within(self, x: Tensor, outer: Tensor | None) -> Scales:
         """Scales of ``x`` [..., K], a part of a tensor whose outer scale is given."""
+        if self.format.terms:
+            return Scales.of_numbers(self._numbers(x.to(torch.float32)))
         x_GB = split_blocks(x.to(torch.float32), self.format.block_of(x.shape[-1]))
         block = kernel.block_scale(x_GB, x_GB.abs().amax(-1), outer, self.format, self.rule)
         scales = Scales(block=block, tensor=outer)
@@ -86,6 +101,8 @@ class AbsMax(Quantizer):
 
     def encode(self, x: Tensor, scales: Scales) -> QTensor:
         """Codes of ``x`` [..., K] under given scales; values beyond the grid saturate."""
+        if self.format.terms:
+            return nearest_codes(x, scales, self.format)
         values = self.round(x, scales)
         return QTensor(
             format=self.format,
@@ -128,6 +145,9 @@ class AbsMax(Quantizer):
         if self._one_by_one:
             clips = [()] * len(x) if low is None or high is None else zip(low, high, strict=True)
             return torch.stack([self.of_one(i).fake(x[i], *clip) for i, clip in enumerate(clips)])
+        if self.format.terms:  # fitted to the block: there is no gradient, and clips are the caller's to apply
+            y = self.quantize(x.detach()).dequantize().to(_matmul_dtype(x.device))
+            return y if out is None else out.copy_(y)
         if native.available(x) and native.knows(self.format, self.rule) and not _needs_gradient(x, low, high):
             y = torch.empty(x.shape, dtype=_matmul_dtype(x.device)) if out is None else out
             if native.available(y):
@@ -193,6 +213,14 @@ class AbsMax(Quantizer):
         outer = None if amax is None else kernel.tensor_scale(amax, self.format, self.rule)
         return {**settings, "rule": self.rule, "outer": outer}
 
+    def _numbers(self, x: Tensor) -> Tensor:
+        """Scale and terms of each block of ``x`` [..., K], a tail's by its real lanes alone."""
+        block = self.format.block_of(x.shape[-1])
+        whole = x.shape[-1] - x.shape[-1] % block
+        parts = [x[..., :whole].unflatten(-1, (-1, block))] if whole else []
+        parts += [x[..., None, whole:]] if whole < x.shape[-1] else []
+        return torch.cat([sums.numbers_of(part, self.format, self.rule) for part in parts], dim=-2)
+
     def _tensor_scale(self, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor | None:
         """The scale of all of ``x``, clipped, where ratios are given for its blocks [..., G, B]."""
         if not self.format.has_tensor_scale:
@@ -203,6 +231,14 @@ class AbsMax(Quantizer):
             smallest, largest = kernel.bounds(x.to(torch.float32), low.detach(), high.detach())
             amax = torch.maximum(-smallest, largest).amax()
         return kernel.tensor_scale(amax.to(torch.float32), self.format, self.rule)
+
+
+def nearest_codes(x: Tensor, scales: Scales, format: BlockFormat) -> QTensor:
+    """``x`` [..., K] in a format with terms: for each number the code of the nearest value that its block has."""
+    x = x.to(torch.float32) if scales.columns is None else x / scales.columns
+    x_GB = split_blocks(x, format.block_of(x.shape[-1]))
+    codes = join_blocks(sums.nearest(x_GB, sums.values_of(scales.numbers, format)), x.shape[-1])
+    return QTensor(format=format, codes=codes, scales=scales.block, terms=scales.terms, columns=scales.columns)
 
 
 def _matmul_dtype(device: torch.device) -> torch.dtype:

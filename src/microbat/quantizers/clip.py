@@ -69,7 +69,7 @@ class Clip(nn.Module):
         return self.inner.quantize(self.clip(x))
 
     def fake(self, x: Tensor) -> Tensor:
-        if self.whole:
+        if self.whole or self.inner.format.terms:
             return self.inner.fake(self.clip(x))
         ratios = self.ratios
         return self.inner.fake(x, ratios[..., 0], ratios[..., 1])

@@ -34,7 +34,7 @@ class FusedLinear(nn.Module):
 def fuse(stored: StoredBlock, paths: Sequence[str], *, dtype: torch.dtype, biases: bool = True) -> FusedLinear:
     """The layers at ``paths`` of a block as one: packed where the block holds their codes, else in floats of ``dtype``.
 
-    Without ``biases`` for an engine that adds them later.
+    Without ``biases`` for an engine that adds them later; those that calibration gave are ours to add.
     """
     inputs = {}
     for site in stored.quantized.sites:
@@ -42,7 +42,8 @@ def fuse(stored: StoredBlock, paths: Sequence[str], *, dtype: torch.dtype, biase
         inputs |= dict.fromkeys(ours, SiteInput(site.transform, site.quantizer, num_consumers=len(ours)))
     parts: list[nn.Module] = []
     for path in paths:
-        bias = stored.floats.get(f"{path}.bias") if biases else None
+        own = stored.floats.get(f"{path}.bias") if biases else None
+        bias = stored.quantized.biases.get(path, own)
         bias = None if bias is None else bias.to(dtype)
         if path in stored.quantized.weights:
             parts.append(packed_linear(inputs[path], stored.quantized.weights[path], bias, dtype=dtype))
@@ -103,8 +104,10 @@ def locate(prefix: str, blocks: str, fused: Mapping[str, Sequence[str]]) -> tupl
     return int(match[1]), tuple(f"{parent}.{part}".lstrip(".") for part in fused.get(name, (name,)))
 
 
-def not_floats(blocks: str, layers: Iterable[str]) -> str:
+def not_floats(blocks: str, layers: Iterable[str], biased: Iterable[str] = ()) -> str:
     """A regular expression for the stored tensors that an engine's own loader leaves to microbat: the weights of
-    ``layers``, given by their full names, and what belongs to no layer."""
+    ``layers``, given by their full names, biases that calibration gave to those of ``biased``, and what belongs to no layer."""
+    given = "|".join(re.escape(layer) for layer in sorted(biased)) or "(?!)"
     weights = "|".join(re.escape(layer) for layer in sorted(layers)) or "(?!)"
-    return rf"^(?:tokens|outputs|{re.escape(blocks)}\.\d+\.(?:sites|kv)\..*|(?:{weights})\.(?:\d+\.)?(?:{'|'.join(PACKED)}))$"
+    others = rf"tokens|outputs|{re.escape(blocks)}\.\d+\.(?:sites|kv)\..*|(?:{given})\.bias"
+    return rf"^(?:{others}|(?:{weights})\.(?:\d+\.)?(?:{'|'.join(PACKED)}))$"

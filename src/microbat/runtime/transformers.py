@@ -25,6 +25,7 @@ from microbat.export.folder import (
     block_shard,
     check_contract,
     check_fit,
+    given_biases,
     quantized_layers,
     read_block,
 )
@@ -76,6 +77,8 @@ class MicrobatQuantizer(HfQuantizer):
                 ours.append(re.escape(f"{name}.{path}.") + r"(\d+\.)?weight")
             if experts:  # transformers joins what it takes for floats of experts
                 ours.append(re.escape(f"{name}.{family.experts}."))
+            for path in given_biases(self.folder / block_shard(index)):
+                ours.append(re.escape(f"{name}.{path}.bias"))
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ours}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

@@ -40,6 +40,7 @@ from microbat.export.folder import (
     StoredBlock,
     block_shard,
     check_contract,
+    given_biases,
     quantized_layers,
     read_block,
     read_shard,
@@ -145,7 +146,12 @@ class MicrobatConfig(QuantizationConfig):
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
         """What vLLM's loader is not to place: all that is not a float tensor of a module of its own."""
         read_shard(self.folder / OTHER_SHARD)  # an altered tensor shows here; those of blocks when they are read
-        return WeightsMapper(orig_to_new_regex={re.compile(not_floats(self.blocks, self._mine)): None})
+        biased = [
+            f"{self.blocks}.{index}.{path}"
+            for index in range(len(self.layers))
+            for path in given_biases(self.folder / block_shard(index))
+        ]
+        return WeightsMapper(orig_to_new_regex={re.compile(not_floats(self.blocks, self._mine, biased)): None})
 
     def expect(self, index: int) -> None:
         """A module will ask for block ``index``."""
