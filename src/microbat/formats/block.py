@@ -204,7 +204,7 @@ class QTensor:
     def stack(cls, tensors: Sequence["QTensor"]) -> "QTensor":
         """Tensors [N, K] of one format as one [E, N, K]."""
         joined: dict[str, Tensor | None] = {}
-        for name in ("codes", "scales", "tensor_scale", "inner"):
+        for name in ("codes", "scales", "tensor_scale", "inner", "terms"):
             parts = [part for tensor in tensors if (part := getattr(tensor, name)) is not None]
             joined[name] = torch.stack(parts) if parts else None
         if joined["tensor_scale"] is not None:
@@ -221,6 +221,7 @@ class QTensor:
                 scales=self.scales[index],
                 tensor_scale=None if scales is None else scales[index].reshape(()),
                 inner=None if self.inner is None else self.inner[index],
+                terms=None if self.terms is None else self.terms[index],
             )
             for index in range(len(self.codes))
         ]
