@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import microbat
 from microbat import pipeline
 from microbat.calibrate.coverage import coverage
-from microbat.calibrate.engine import Job, calibrate
+from microbat.calibrate.engine import calibrate
+from microbat.calibrate.job import Job
 from microbat.calibrate.pairs import samples
 from microbat.cli import app
 from microbat.engines.base import engines

@@ -24,7 +24,8 @@ from microbat.calibrate import data as calibration_data
 from microbat.calibrate import pairs as image_pairs
 from microbat.calibrate.coverage import Covered
 from microbat.calibrate.data import Calibration
-from microbat.calibrate.engine import Job, Precision, Record, calibrate, preflight
+from microbat.calibrate.engine import calibrate, preflight
+from microbat.calibrate.job import Job, Precision, Record
 from microbat.calibrate.memory import total_memory
 from microbat.calibrate.stream import Sample
 from microbat.calibrate.workers import Workers

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from microbat.calibrate.engine import Job, calibrate
+from microbat.calibrate.engine import calibrate
+from microbat.calibrate.job import Job
 from microbat.methods.batquant import BATQuant
 from microbat.methods.gptq import GPTQ
 from microbat.methods.learn import drawn

@@ -110,10 +110,10 @@ def test_nothing_is_shifted_where_attention_is_in_float(tiny, text_file, tmp_pat
 @pytest.mark.parametrize("kept", [(), ("re:up_proj$",)], ids=["up packed", "up in float"])
 def test_folding_leaves_the_function_as_it_was(tiny, text_file, tmp_path, monkeypatch, kept):
     """The block with columns folded against the one with them in down: scales of up are rounded once more, nothing else."""
-    from microbat.calibrate import engine
+    from microbat.calibrate import block as calibration
 
     seen = []
-    own = engine._folded
+    own = calibration._folded
 
     def watched(block, plans, solved):
         unfolded = {path: q.dequantize() for path, q in solved.codes.items()}
@@ -122,7 +122,7 @@ def test_folding_leaves_the_function_as_it_was(tiny, text_file, tmp_path, monkey
         seen.append((unfolded["mlp.down_proj"], up, solved.codes, codes, block.mlp.up_proj.weight))
         return codes, biases
 
-    monkeypatch.setattr(engine, "_folded", watched)
+    monkeypatch.setattr(calibration, "_folded", watched)
     quantized(
         tiny("llama", **SIZE), tmp_path / "q", str(text_file), solver="gptq", ignore=kept, settings={"rotate": False}
     )

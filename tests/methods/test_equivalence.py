@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from microbat import native, pipeline
-from microbat.calibrate.engine import Job, calibrate
+from microbat.calibrate.engine import calibrate
+from microbat.calibrate.job import Job
 from microbat.export.folder import float_tensors
 from microbat.formats.block import QTensor
 from microbat.linear import install

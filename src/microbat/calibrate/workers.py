@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from microbat.calibrate.engine import Ahead, Blocks, FloatBlock, Job, Prepared, prepare_block
+from microbat.calibrate.engine import prepare_block
+from microbat.calibrate.job import Ahead, Blocks, FloatBlock, Job, Prepared
 from microbat.calibrate.stream import Activations
 
 RETRIES = 3  # of a block whose worker died
