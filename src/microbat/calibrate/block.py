@@ -4,7 +4,6 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -39,6 +38,7 @@ MEASURED_SEQUENCES = 4  # per-layer errors and activation pictures come from the
 
 
 def prepare(job: Job, data: Data, name: str) -> Plan:
+    """What the preparers of ``job`` decide about the block ``name``."""
     plan = _initial_plan(job, data.stack, name, data.block)
     for preparer in job.preparers:
         plan = preparer.prepare(data, plan, job.solver)
@@ -48,6 +48,7 @@ def prepare(job: Job, data: Data, name: str) -> Plan:
 def quantize_block(
     job: Job, data: Data, quantized: Activations, given: FloatBlock, observe: Observer
 ) -> tuple[QuantBlock, Record]:
+    """The block ``given``, whose stream so far is ``quantized``, and what happened to it; nothing is installed yet."""
     name = given.name
     if given.prepared is not None:
         plan = given.prepared.plan
@@ -79,8 +80,8 @@ def quantize_block(
     seconds = given.prepared.seconds if given.prepared else 0.0
     record = Record(name=name, index=data.index, error=0.0, seconds=seconds, loss=plan.loss, layers=layers)
     record.activations = activations
-    quantized = QuantBlock(sites=sites, weights=codes, kv=attention.kv, attention=plan.attention, biases=biases)
-    return quantized, record
+    result = QuantBlock(sites=sites, weights=codes, kv=attention.kv, attention=plan.attention, biases=biases)
+    return result, record
 
 
 def _initial_plan(job: Job, stack: Stack, name: str, block: nn.Module) -> Plan:
@@ -148,10 +149,10 @@ def _solve(job: Job, data: Data, name: str, plans: list[SitePlan], weights: dict
     try:
         for plan in plans:
             own = {path: targets.pop(path) for path in plan.weights}
+            stream = _stream(job, data, plan, inputs[plan.site.name], originals)
             if next(iter(own.values())).dim() == 3:
-                shift, found = None, _solve_experts(job, data, name, plan, inputs[plan.site.name], own)
+                shift, found = None, _solve_experts(job, stream, name, own)
             else:
-                stream = _stream(job, data, plan, inputs[plan.site.name], originals)
                 shift = correction(stream, job.preparers) if solved.codes else None
                 found = job.solver.solve_site(own, plan.weights, statistics(stream, job.solver.needs, shift))
             order = next(iter(found.values())).order
@@ -177,43 +178,20 @@ def _solve(job: Job, data: Data, name: str, plans: list[SitePlan], weights: dict
     return solved
 
 
-def _solve_experts(
-    job: Job, data: Data, name: str, plan: SitePlan, site: SiteInput, weights: dict[str, Tensor]
-) -> dict[str, Solution]:
+def _solve_experts(job: Job, stream: SiteStream, name: str, weights: dict[str, Tensor]) -> dict[str, Solution]:
     """Codes of the experts' ``weights`` that read one activation, each expert's on the statistics of its own tokens."""
-    path, (first, weight) = job.checkpoint.family.experts, next(iter(weights.items()))
-    module = data.block.get_submodule(path)
+    path, site = job.checkpoint.family.experts, stream.site
+    module = stream.block.get_submodule(path)
     hessians = partial(
         expert_hessians,
         module,
-        partial(_run_until, data, first),
+        stream.given,
         lambda x: effective(site.quantizer, site(x)),
-        weight.shape[-1],
+        next(iter(weights.values())).shape[-1],
         floor=floor_of(module, job.min_expert_tokens),
         name=f"{name}.{path}",
     )
-    return solve_experts(job.solver, weights, plan.weights, hessians)
-
-
-class _Seen(Exception):
-    """Raised where a block need not run any further."""
-
-
-def _run_until(data: Data, path: str, see: Callable[..., None]) -> None:
-    """Run the block over the quantized stream as far as the layer at ``path``; ``see`` gets what each batch gives the layer."""
-
-    def stop(_: nn.Module, inputs: tuple) -> None:
-        see(*inputs)
-        raise _Seen
-
-    job = data.runner.job
-    handle = data.block.get_submodule(path).register_forward_pre_hook(stop)
-    try:
-        for rows in data.inputs.batches(1 if job.pairs else job.batch):  # samples of their own lengths run one by one
-            with contextlib.suppress(_Seen):
-                data.runner.step(data.block, data.inputs[rows], rows)
-    finally:
-        handle.remove()
+    return solve_experts(job.solver, weights, stream.plan.weights, hessians)
 
 
 def _stream(job: Job, data: Data, plan: SitePlan, site: SiteInput, originals: dict[str, nn.Module]) -> SiteStream:

@@ -51,6 +51,21 @@ class SiteStream:
             output = self._stop_at(self.site, self.inputs, rows)[1]
             yield effective(self.site.quantizer, output).to(torch.float32)
 
+    def given(self, see: Callable[..., None]) -> None:
+        """Call ``see`` with what the first of the site's quantized layers gets, batch by batch: experts get more than x."""
+
+        def stop(_: nn.Module, inputs: tuple) -> None:
+            see(*inputs)
+            raise _Seen
+
+        handle = self.block.get_submodule(next(iter(self.plan.weights))).register_forward_pre_hook(stop)
+        try:
+            for rows in self.inputs.batches(self.batch):
+                with contextlib.suppress(_Seen):
+                    self.step(self.block, self.inputs[rows], rows)
+        finally:
+            handle.remove()
+
     def teacher(self) -> Iterator[Tensor]:
         """What the float block makes of the same stream."""
         return self._float(self.inputs)
