@@ -23,10 +23,10 @@ venv: $(VENV)/demo.stamp
 demo: $(VENV)/demo.stamp
 	@MODEL="$(MODEL)" $(RUN) $(BIN)/python examples/demo.py
 
-# All checks run even when an early one fails; the first failure is the exit status.
+# All checks run even when an early one fails; the first failure is the exit status. A process of one thread for each core.
 test: $(VENV)/test.stamp
 	@status=0; $(MAKE) --no-print-directory lint || status=$$?; \
-	$(RUN) $(BIN)/python -m pytest -q -rs --durations=10 || { failed=$$?; [ $$status -ne 0 ] || status=$$failed; }; \
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n auto --maxprocesses=8 --durations=10 || { failed=$$?; [ $$status -ne 0 ] || status=$$failed; }; \
 	exit $$status
 
 lint: $(VENV)/test.stamp

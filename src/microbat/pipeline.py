@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microbat import whole
 from microbat.calibrate import coverage as calibration_coverage
 from microbat.calibrate import data as calibration_data
 from microbat.calibrate import pairs as image_pairs
@@ -31,25 +32,22 @@ from microbat.calibrate.stream import Sample
 from microbat.calibrate.workers import Workers
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
-from microbat.methods.base import ModelData, Preparer, Quant, Student
+from microbat.methods.base import Quant
 from microbat.models.base import Checkpoint, linear_layers, resolve
 from microbat.models.padding import padded
 from microbat.models.processor import Processor
-from microbat.models.rotation import RotatedCheckpoint, Rotation
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.recipe import Recipe, describe, to_json
 from microbat.report.activations import activation_record
 from microbat.report.page import write_page
 from microbat.runtime.generate import generate as continuation
-from microbat.runtime.load import assemble
 from microbat.runtime.load import load as load_folder
 from microbat.scheme import Scheme
 
 PICTURED_LAYERS = 3  # worst activations that the report shows, beside the one that every run shows
 SELF_CALIBRATION = "calibration 'self' is text that the model writes (a file or a data set is not)"
-RUN_FILE, TOKENS_FILE, ROTATION_FILE = "run.json", "calibration.safetensors", "rotation.safetensors"
-DISTILLED_FILE = "distilled.json"
+RUN_FILE, TOKENS_FILE = "run.json", "calibration.safetensors"
 
 
 def quantize(model: str | Path, *, out: str | Path, workers: int = 1, address: str = "", **fields: Any) -> Path:
@@ -155,7 +153,6 @@ def run(
         _check_fits(SELF_CALIBRATION, 2, checkpoint, device)
     _open_partial(partial, recipe, checkpoint)
     calibration = _calibration(recipe, checkpoint, tokens_file, device)
-    checkpoint = _rotated(recipe, checkpoint, preparers, scheme, calibration, device, partial)
     job = Job(
         checkpoint=checkpoint,
         scheme=scheme,
@@ -169,11 +166,13 @@ def run(
         min_expert_tokens=recipe.min_expert_tokens,
         scratch=partial,
     )
+    job = dataclasses.replace(job, checkpoint=whole.rotated(job, _progress))
     keeper = _FolderKeeper(partial)
     ahead = crew and crew.ahead(keeper.has)
-    with _progress(title or f"{recipe.method} {scheme.text}", len(checkpoint.blocks)) as progress:
+    with _progress(title or f"{recipe.method} {scheme.text}", len(job.checkpoint.blocks)) as progress:
         records = _most_telling(calibrate(job, keeper, _picture, progress, ahead))
-    distilled = _distilled(recipe, job, partial)
+    distilled = whole.distilled(job, _progress)
+    checkpoint = job.checkpoint
     floats = {name: checkpoint.tensor(name) for name in checkpoint.names if not checkpoint.in_block(name)}
     folders.write_other(partial / folders.OTHER_SHARD, floats)
     made = {
@@ -196,8 +195,8 @@ def run(
         [
             partial / RUN_FILE,
             *([] if tokens else [partial / TOKENS_FILE]),
-            *partial.glob(ROTATION_FILE),
-            *partial.glob(DISTILLED_FILE),
+            *partial.glob(whole.ROTATION_FILE),
+            *partial.glob(whole.DISTILLED_FILE),
             *keeper.record_files(),
         ],
     )
@@ -362,105 +361,6 @@ def _calibration(recipe: Recipe, checkpoint: Checkpoint, file: Path, device: tor
         tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
         skipped = json.loads((kept.metadata() or {}).get("skipped", "[]"))
     return Calibration.of(tensors, recipe.calibration, tuple(skipped))
-
-
-def _rotated(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    preparers: tuple[Preparer, ...],
-    scheme: Scheme,
-    calibration: Calibration,
-    device: torch.device,
-    partial: Path,
-) -> Checkpoint:
-    """The checkpoint rotated as the method wants it: as the interrupted run had it, or decided now and kept."""
-    from safetensors.torch import load_file, save_file
-
-    file = partial / ROTATION_FILE
-    if all(type(preparer).rotation is Preparer.rotation for preparer in preparers):
-        return checkpoint
-    if not file.is_file():
-        with _progress(f"{recipe.method} rotation", 1) as progress:
-            data = ModelData(
-                checkpoint=checkpoint,
-                tokens=calibration.tokens,
-                pairs=calibration.pairs,
-                scheme=scheme,
-                seed=recipe.seed,
-                device=device,
-                precision=_precision(recipe.precision, device),
-                progress=lambda share, loss: progress(0, share, loss),
-            )
-            rotations = [r for r in (preparer.rotation(data) for preparer in preparers) if r is not None]
-        if not rotations:
-            return checkpoint
-        tensors = {"stream": rotations[0].stream, "heads": rotations[0].heads}
-        save_file({k: t for k, t in tensors.items() if t is not None}, file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)
-    return RotatedCheckpoint(checkpoint, Rotation(**load_file(file)))
-
-
-def _distilled(recipe: Recipe, job: Job, partial: Path) -> dict[str, Any]:
-    """Train the whole quantized model as the method wants it: its shards are written anew beside the old ones, and take their
-    place when all are there. What the report says of it; nothing where no method does."""
-    if not any(preparer.distills for preparer in job.preparers):
-        return {}
-    marker = partial / DISTILLED_FILE
-    shards = [partial / folders.block_shard(index) for index in range(len(job.checkpoint.blocks))]
-    renewed = [shard.with_name(f"distilled-{shard.name}") for shard in shards]
-    if not marker.is_file():
-        with _progress(f"{recipe.method} distillation", 1) as progress:
-            record = _distill(job, shards, renewed, lambda share, loss: progress(0, share, loss))
-        folders.write_json(marker, record)
-    for new, shard in zip(renewed, shards, strict=True):
-        if new.is_file():
-            os.replace(new, shard)
-    _prove(job, shards, partial / folders.PROOF)
-    return json.loads(marker.read_text())
-
-
-def _distill(
-    job: Job, shards: list[Path], renewed: list[Path], progress: Callable[[float, float], None]
-) -> dict[str, Any]:
-    """Write the model of ``shards`` into ``renewed`` as distillation leaves it; its losses and its time."""
-    started = time.perf_counter()
-    data = ModelData(
-        checkpoint=job.checkpoint,
-        tokens=job.tokens,
-        pairs=job.pairs,
-        scheme=job.scheme,
-        seed=job.seed,
-        device=job.device,
-        precision=job.precision,
-        progress=progress,
-    )
-    stored = [folders.read_block(shard) for shard in shards]
-    stored = [dataclasses.replace(block, quantized=block.quantized.thawed()) for block in stored]
-    network = assemble(job.checkpoint, stored, device=job.device)
-    blocks = [block.quantized for block in stored]
-    student = Student(
-        network=network,
-        transforms=[transform for block in blocks for transform in block.transforms],
-        quantizers=[quantizer for block in blocks for quantizer in block.quantizers],
-    )
-    loss = [step for preparer in job.preparers for step in preparer.distill(data, student)]
-    for (_, name), file, block in zip(job.checkpoint.blocks, renewed, blocks, strict=True):
-        folders.write_block(file, name, block, folders.float_tensors(network.get_submodule(name)))
-    return {"loss": loss, "seconds": time.perf_counter() - started}
-
-
-@torch.no_grad()
-def _prove(job: Job, shards: list[Path], proof: Path) -> None:
-    """Renew the proof of a model whose shards have changed: what its last block makes of the first sequence."""
-    model = assemble(job.checkpoint, (folders.read_block(shard) for shard in shards), device=job.device)
-    outputs: list[Tensor] = []
-    blocks = model.get_submodule(job.checkpoint.family.blocks)
-    blocks[-1].register_forward_hook(
-        lambda _, inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
-    )
-    with torch.autocast(job.device.type, torch.bfloat16, enabled=job.precision == "bfloat16"):
-        model(**{name: tensor.to(job.device) for name, tensor in job.first.items()}, use_cache=False)
-    folders.write_proof(proof, job.first, outputs[0].to(torch.float32))
 
 
 def pick_device(name: str) -> torch.device:
