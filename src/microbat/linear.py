@@ -19,7 +19,7 @@ from microbat.formats.block import QTensor
 from microbat.formats.composite import Composite
 from microbat.kv import KVQuantizer
 from microbat.quantizers.base import AbsMax, Packed
-from microbat.quantizers.clip import Clip
+from microbat.quantizers.clip import Clip, rounding
 from microbat.quantizers.mixed import Mixed
 from microbat.quantizers.residual import Residual
 from microbat.transforms.base import BlockDiagonal, Transform
@@ -89,7 +89,7 @@ class SiteInput(nn.Module):
             if one_pass.native and native.available(x) and not torch.is_autocast_enabled("cpu"):
                 return self._by_native(x)
             if one_pass.triton and kernels.runs_on(x.device.type):
-                return _rounding(self.quantizer).fake_transformed(x, self._ratios(), self._blocks_on(x.device))
+                return rounding(self.quantizer).fake_transformed(x, self._ratios(), self._blocks_on(x.device))
         x = self._transformed(x)
         return x if self.quantizer is None else self.quantizer.fake(x)
 
@@ -102,15 +102,15 @@ class SiteInput(nn.Module):
             return self.quantizer.pack(x)
         if isinstance(self.quantizer, Clip) and self.quantizer.whole:
             return self.quantizer.inner.pack(self.quantizer.clip(x))
-        return _rounding(self.quantizer).pack(x, self._ratios(), blocks)
+        return rounding(self.quantizer).pack(x, self._ratios(), blocks)
 
     def _pack_natively(self, x: Tensor) -> Packed:
         if self._one_pass().native:
-            return _rounding(self.quantizer).native_pack(x, self._ratios(), self._native_map())
+            return rounding(self.quantizer).native_pack(x, self._ratios(), self._native_map())
         x = self._transformed(x).contiguous()
         if isinstance(self.quantizer, Clip) and self.quantizer.whole:
             return self.quantizer.inner.native_pack(self.quantizer.clip(x), None, None)
-        return _rounding(self.quantizer).native_pack(x, self._ratios(), None)
+        return rounding(self.quantizer).native_pack(x, self._ratios(), None)
 
     def _transformed(self, x: Tensor) -> Tensor:
         if self.transform is None:
@@ -126,7 +126,7 @@ class SiteInput(nn.Module):
 
     def _by_native(self, x: Tensor) -> Tensor:
         out = torch.empty(x.shape, dtype=torch.float32)
-        _rounding(self.quantizer).native_fake(x, self._ratios(), out, self._native_map())
+        rounding(self.quantizer).native_fake(x, self._ratios(), out, self._native_map())
         return out
 
     def _native_map(self) -> native.Map | None:
@@ -141,10 +141,6 @@ class SiteInput(nn.Module):
         if self._blocks is None or self._blocks.device != device:
             self._blocks = self.transform.blocks().detach()
         return self._blocks
-
-
-def _rounding(quantizer: AbsMax | Clip) -> AbsMax:
-    return quantizer.inner if isinstance(quantizer, Clip) else quantizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,18 +160,18 @@ class _OnePass:
             return cls(native=False, triton=False)
         if isinstance(quantizer, Clip) and (quantizer.whole or quantizer.logits is not None):
             return cls(native=False, triton=False)
-        rounding = _rounding(quantizer)
-        known = native.knows(rounding.format, rounding.rule)
+        inner = rounding(quantizer)
+        known = native.knows(inner.format, inner.rule)
         if transform is None:
             return cls(native=known, triton=False)
         trains = any(parameter.requires_grad for parameter in transform.parameters())
         if not isinstance(transform, BlockDiagonal) or trains:
             return cls(native=False, triton=False)
         return cls(
-            native=known and transform.block <= native.LARGEST_MAP and not rounding.format.has_tensor_scale,
-            triton=kernels.knows(rounding.format, rounding.rule)
+            native=known and transform.block <= native.LARGEST_MAP and not inner.format.has_tensor_scale,
+            triton=kernels.knows(inner.format, inner.rule)
             and kernels.has_map(transform.block)
-            and rounding.format.block is not None,
+            and inner.format.block is not None,
         )
 
 

@@ -35,7 +35,7 @@ from microbat.formats.composite import Composite
 from microbat.methods.base import Quant, Solution, Solver, Statistics
 from microbat.quantizers import sums
 from microbat.quantizers.base import AbsMax, Scales
-from microbat.quantizers.clip import Clip
+from microbat.quantizers.clip import clipped, rounding
 from microbat.quantizers.dual import DualScale
 from microbat.quantizers.kernel import round_lanes
 from microbat.quantizers.mixed import Mixed
@@ -79,8 +79,8 @@ class GPTQ(Solver):
         the inputs' deviation that weights make up for."""
         if statistics is None:
             raise ValueError("gptq needs the Hessian of the layer's input")
-        inner = quantizer.inner if isinstance(quantizer, Clip) else quantizer
-        weight = quantizer.clip(weight) if isinstance(quantizer, Clip) else weight.to(torch.float32)
+        inner = rounding(quantizer)
+        weight = clipped(quantizer, weight)
         hessian = statistics.hessian.to(torch.float64)
         dead = hessian.diagonal() == 0
         weight = weight.masked_fill(dead, 0.0)

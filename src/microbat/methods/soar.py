@@ -51,7 +51,7 @@ from microbat.formats.element import E4M3, E8M0
 from microbat.methods.base import Quant, Solution, Solver, Statistics
 from microbat.methods.gptq import GPTQ, Chosen
 from microbat.quantizers.base import AbsMax, Scales
-from microbat.quantizers.clip import Clip
+from microbat.quantizers.clip import clipped, rounding
 from microbat.quantizers.kernel import block_scale, round_blocks
 from microbat.scheme import Scheme
 
@@ -94,11 +94,11 @@ class SOAR(Solver):
 
     def solve(self, weight: Tensor, quantizer: Quant, statistics: Statistics | None) -> Solution:
         """``weight`` [N, K]. Never a larger error (1) than round to nearest; with ``rounds=0`` it is round to nearest."""
-        inner = quantizer.inner if isinstance(quantizer, Clip) else quantizer
+        inner = rounding(quantizer)
         _check_format(inner.format)
         if statistics is None and self.needs:
             raise ValueError("soar with metric=hessian or error feedback needs the Hessian of the layer's input")
-        weight = quantizer.clip(weight) if isinstance(quantizer, Clip) else weight.to(torch.float32)
+        weight = clipped(quantizer, weight)
         metric = _blocks_of(statistics, inner.format, self.damping) if self.metric == "hessian" else None
         fit = _Fit(weight, inner, inner.scales(weight), metric)
         first, rounds = fit.loss, self._run(fit)
@@ -121,12 +121,12 @@ class SOAR(Solver):
         self, weights: dict[str, Tensor], quantizers: dict[str, Quant], statistics: Statistics | None
     ) -> dict[str, Solution]:
         """Weights that share a tensor scale are one weight of more rows."""
-        inner = {q.inner if isinstance(q, Clip) else q for q in quantizers.values()}
+        inner = {rounding(q) for q in quantizers.values()}
         if not self.shared or len(inner) > 1 or not next(iter(inner)).format.has_tensor_scale:
             return super().solve_site(weights, quantizers, statistics)
-        clipped = [q.clip(weights[path]) if isinstance(q, Clip) else weights[path] for path, q in quantizers.items()]
-        together = self.solve(torch.cat(clipped), inner.pop(), statistics)
-        sizes, q = [len(weight) for weight in clipped], together.weight
+        stack = [clipped(q, weights[path]) for path, q in quantizers.items()]
+        together = self.solve(torch.cat(stack), inner.pop(), statistics)
+        sizes, q = [len(weight) for weight in stack], together.weight
         parts = zip(quantizers, q.codes.split(sizes), q.scales.split(sizes), strict=True)
         return {
             path: Solution(

@@ -2,12 +2,15 @@
 
 # Shapes: K last axis, G blocks along K.
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from microbat.formats.block import BlockFormat, QTensor, join_blocks, split_blocks
 from microbat.quantizers.base import AbsMax
 
+Q = TypeVar("Q")
 INIT_LOGIT = 4.0  # sigmoid 0.982, as FlatQuant starts; the paper does not say (sheet C4)
 
 
@@ -73,3 +76,13 @@ class Clip(nn.Module):
             return self.inner.fake(self.clip(x))
         ratios = self.ratios
         return self.inner.fake(x, ratios[..., 0], ratios[..., 1])
+
+
+def rounding(quantizer: Q | Clip) -> Q | AbsMax:
+    """What rounds in ``quantizer``, which may be a clip around it."""
+    return quantizer.inner if isinstance(quantizer, Clip) else quantizer
+
+
+def clipped(quantizer: object, x: Tensor) -> Tensor:
+    """``x`` [..., K] as ``quantizer`` rounds it: clipped where it is a clip; float32."""
+    return quantizer.clip(x) if isinstance(quantizer, Clip) else x.to(torch.float32)

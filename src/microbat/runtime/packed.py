@@ -33,7 +33,7 @@ from microbat.formats.block import BlockFormat, QTensor
 from microbat.formats.packing import pack, scale_dtype, unpack
 from microbat.linear import SiteInput
 from microbat.quantizers.base import AbsMax
-from microbat.quantizers.clip import Clip
+from microbat.quantizers.clip import rounding
 from microbat.quantizers.kernel import EAGER_BELOW, can_compile, compiled
 from microbat.registry import unknown
 from microbat.runtime import gpu
@@ -172,7 +172,7 @@ def best(format: BlockFormat, device: str) -> str:
 
 
 def _adds_integers(site: SiteInput, format: BlockFormat, width: int) -> bool:
-    quantizer = site.quantizer.inner if isinstance(site.quantizer, Clip) else site.quantizer
+    quantizer = rounding(site.quantizer)
     known = isinstance(quantizer, AbsMax) and native.knows(quantizer.format, quantizer.rule)
     return known and native.multiplies(format, quantizer.format, width)
 
