@@ -46,7 +46,7 @@ details td { white-space: normal; overflow-wrap: anywhere; }
   image-rendering: pixelated; }
 .case figcaption { flex: 1 1 22rem; min-width: 0; } .case p { margin: 0 0 .4rem; }
 .case td { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; }
-.case td:last-child { width: 100%; }
+.case td:first-child { min-width: 10rem; overflow-wrap: normal; } .case td:last-child { width: 100%; }
 .case td.right { color: #27723b; font-weight: 700; } .case td.wrong { color: #a33; font-weight: 700; }
 .figure { width: 100%; overflow: hidden; }
 .figure .failure { color: #a33; padding: 1rem; border: 1px dashed #d99; border-radius: 6px; }
