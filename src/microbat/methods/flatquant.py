@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from microbat.kv import KVQuantizer
 from microbat.methods.base import BlockData, Plan, Preparer, SitePlan, Solver
@@ -27,9 +26,8 @@ from microbat.methods.learn import (
     Inputs,
     Objective,
     Schedule,
-    channel_maxima,
+    channel_factor,
     check_trains,
-    smoothing,
     train_plan,
 )
 from microbat.quantizers.clip import Clip
@@ -95,8 +93,7 @@ class FlatQuant(Preparer):
     def _start(self, data: BlockData, site: SitePlan) -> None:
         """The untrained transform, scale and clips of one site."""
         width = data.block.get_submodule(site.site.consumers[0]).in_features
-        if site.site.producer and not site.site.headed and set(site.weights) == set(site.site.consumers):
-            site.scale = nn.Parameter(smoothing(*channel_maxima(data, site.site), SCALE_POWER))
+        site.scale = channel_factor(data, site, SCALE_POWER)
         left = width // data.head_dim if site.site.headed else balanced_split(width)
         site.transform = Kronecker(width=width, left=left, generator=data.generator)
         if site.activation is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from microbat.formats.block import QTensor
-from microbat.methods.base import BlockData, ModelData, Plan, Quant, Solver, Student
+from microbat.methods.base import BlockData, ModelData, Plan, Quant, SitePlan, Solver, Student
 from microbat.models.base import Site
 from microbat.models.rotation import RotatedCheckpoint, Rotation
 from microbat.quantizers.clip import Clip
@@ -128,6 +128,14 @@ def channel_maxima(data: BlockData, site: Site) -> tuple[Tensor, Tensor]:
 def smoothing(x_max: Tensor, w_max: Tensor, alpha: float) -> Tensor:
     """What SmoothQuant multiplies activations with, 1 / s [K] = w_max^(1 - alpha) / x_max^alpha."""
     return w_max.clamp(min=SMALLEST) ** (1 - alpha) / x_max.clamp(min=SMALLEST) ** alpha
+
+
+def channel_factor(data: BlockData, site: SitePlan, alpha: float) -> nn.Parameter | None:
+    """A factor for each of the site's channels [K], to be learned, that starts at :func:`smoothing`'s; None where what comes
+    before the site cannot take it in."""
+    if not site.site.producer or site.site.headed or set(site.weights) != set(site.site.consumers):
+        return None
+    return nn.Parameter(smoothing(*channel_maxima(data, site.site), alpha))
 
 
 @torch.no_grad()
