@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from microbat.models.base import WEIGHTS_INDEX, Checkpoint
 from microbat.models.layout import Layout, sources
@@ -20,6 +20,18 @@ TOKENS = torch.randint(257, (2, 24), generator=torch.Generator().manual_seed(5))
 def test_the_float_model_is_transformers(tiny, family):
     model, theirs = Checkpoint(tiny(family)).load(), AutoModelForCausalLM.from_pretrained(tiny(family))
     torch.testing.assert_close(model(TOKENS).logits, theirs(TOKENS).logits)
+
+
+def test_experts_that_the_hub_stores_fused_and_transposed(tiny, pairs):
+    folder = tiny("qwen3_vl_moe")
+    block = "model.language_model.layers.2.mlp.experts"
+    stored, checkpoint = load_file(folder / "model.safetensors"), Checkpoint(folder)
+    assert stored[f"{block}.gate_up_proj"].shape == (5, 128, 2 * 96)
+    assert checkpoint.tensor(f"{block}.up_proj.weight").shape == (5, 96, 128)
+    assert checkpoint.tensor(f"{block}.down_proj.weight").shape == (5, 128, 96)
+    model, theirs = checkpoint.load(), AutoModelForImageTextToText.from_pretrained(folder)
+    for sample in pairs:
+        torch.testing.assert_close(model(**sample).logits, theirs(**sample).logits)
 
 
 def test_blocks_without_experts(tiny):
