@@ -372,12 +372,20 @@ def test_padding_changes_no_number(tiny):
     assert torch.equal(quantizer.fake(read)[:, :112], quantizer.fake(stored))  # zeros move no scale
 
 
-def test_an_export_for_transformers(tiny, images, tmp_path):
-    """The layout of compressed-tensors, the tower's packed weights in it, run on the image of its proof."""
+@pytest.mark.parametrize(("family", "ignore", "layers"), [("qwen3_vl", (), 33), ("qwen3_vl_moe", ("re:experts",), 24)])
+def test_an_export_for_transformers(tiny, images, tmp_path, family, ignore, layers):
+    """The layout of compressed-tensors, the tower's packed weights in it, run on the image of its proof; experts in float."""
     pytest.importorskip("compressed_tensors")
-    options = {"method": "rtn", "scheme": "W4A16", "calibration": str(images), **FAST}
-    folder = microbat.quantize(tiny("qwen3_vl"), out=tmp_path / "q", **options)
+    options = {"method": "rtn", "scheme": "W4A16", "calibration": str(images), "ignore": ignore, **FAST}
+    folder = microbat.quantize(tiny(family), out=tmp_path / "q", **options)
     out = compressed_tensors.export(folder, tmp_path / "ct", target="transformers")
     verdict = verify(out)
     assert verdict.passed, verdict
-    assert verdict.layers == 33
+    assert verdict.layers == layers
+
+
+def test_experts_that_a_checkpoint_holds_fused_have_no_export(quantized, tmp_path):
+    with pytest.raises(
+        ValueError, match="qwen3_vl_moe's checkpoints hold experts fused, for which compressed-tensors has"
+    ):
+        compressed_tensors.export(quantized("qwen3_vl_moe"), tmp_path / "ct", target="transformers")

@@ -50,7 +50,7 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
         raise ValueError(f"output file {out} exists; choose another or remove it")
     shards = [folder / folders.block_shard(index) for index in range(len(checkpoint.blocks))]
     family = checkpoint.family
-    if reasons := reasons_against(engine, contract, family, (read_block(shard).quantized for shard in shards)):
+    if reasons := reasons_against(engine, contract, family, map(read_block, shards)):
         raise ValueError(
             f"{folder} cannot be served by {engine.title} as it was calibrated:\n- " + "\n- ".join(reasons)
         )
