@@ -38,6 +38,7 @@ from microbat.calibrate.job import (
 )
 from microbat.calibrate.memory import allocate
 from microbat.calibrate.stream import Activations, Passage, passage
+from microbat.experts import ExpertLinear
 from microbat.linear import QuantBlock, install
 from microbat.methods.base import Method
 from microbat.models.base import Checkpoint, Stack, linear_layers
@@ -70,6 +71,8 @@ def preflight(checkpoint: Checkpoint, scheme: Scheme, methods: Iterable[Method] 
             for method in () if scheme.ignores(name) else methods:
                 try:
                     method.check_width(linear.in_features, scheme)
+                    if isinstance(linear, ExpertLinear):
+                        method.check_experts()
                 except ValueError as error:
                     raise ValueError(f"layer {name!r}: {error}") from error
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from microbat.export.folder import INDEX, read_contract, read_shard
-from microbat.export.targets import AS_IT_IS, NO_EXPERTS, target_of, tower_reasons
+from microbat.export.targets import AS_IT_IS, target_of, tower_reasons
 from microbat.models.base import Checkpoint
 
 
@@ -23,10 +23,7 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
     if out.exists():
         raise ValueError(f"output folder {out} exists; choose another or remove it")
     for shard in sorted(folder.glob("*.safetensors")):
-        description, _ = read_shard(shard)
-        shapes = (weight["shape"] for site in description.get("sites", ()) for weight in site["weights"].values())
-        if any(len(shape) == 3 for shape in shapes):
-            raise ValueError(f"{shard} holds experts: {NO_EXPERTS}")
+        read_shard(shard)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(folder, partial)

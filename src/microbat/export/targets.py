@@ -60,7 +60,10 @@ WITHOUT_ACTIVATIONS = (
     "up to Hopper, vLLM computes MX checkpoints with 16-bit activations; quantize with A16 (--scheme W4A16), "
     "or take --target vllm-blackwell"
 )
-KEEP = "keep the microbat folder, which microbat.load runs, and transformers after `import microbat`"
+KEEP = (
+    "keep the microbat folder, which microbat.load runs, transformers after `import microbat`, and vLLM where microbat is "
+    "installed (--target vllm-plugin)"
+)
 NO_EXPERTS = f"{{title}} has not been verified to compute them as calibrated; {KEEP}"
 IN_FLOAT = (None, None)
 # transformers 5.23 decodes experts when it loads them, whatever the checkpoint says of their activations.
