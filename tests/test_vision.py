@@ -169,6 +169,22 @@ def test_the_whole_way(quantized, pairs, family, layers, width):
     assert isinstance(pipeline.generate(out, "Without an image", max_new_tokens=3, device="cpu"), str)
 
 
+def test_mergers_on_request(tiny, images, pairs, tmp_path):
+    """The language model was calibrated on what they make: its last block's outputs in the proof are those of the folder."""
+    options = {"method": "gptq", "scheme": "W4A8", "calibration": str(images), **FAST}
+    out = microbat.quantize(tiny("qwen3_vl"), out=tmp_path / "q", also=("re:merger",), **options)
+    layers = [entry["name"] for entry in json.loads((out / "report.json").read_text())["outside"]]
+    assert len(layers) == 6
+    verdict = verify(out)
+    assert verdict.passed, verdict
+    assert verdict.layers == 33 + 6
+    assert verdict.divergence < 1e-5
+    model, theirs = microbat.load(out), AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+    assert isinstance(model.model.visual.merger.linear_fc1, PackedLinear)
+    with torch.no_grad():
+        assert torch.equal(model(**pairs[1]).logits, theirs(**pairs[1]).logits)
+
+
 def test_an_image_changes_what_is_said(quantized, pairs):
     model = microbat.load(quantized("qwen3_vl"))
     other = {**pairs[0], "pixel_values": -pairs[0]["pixel_values"]}

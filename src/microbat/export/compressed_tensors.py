@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from microbat.experts import ExpertLinear
 from microbat.export import folder as folders
-from microbat.export.folder import StoredBlock, digest, read_block, read_contract, read_shard, write_json
+from microbat.export.folder import StoredBlock, digest, read_block, read_contract, write_json
 from microbat.export.targets import LAYOUT, reasons_against, target_of
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.formats.element import BF16, E2M1, E4M3, E8M0
@@ -90,7 +90,8 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
     if out.exists():
         raise ValueError(f"output folder {out} exists; choose another or remove it")
     family, shards = checkpoint.family, [folder / folders.block_shard(i) for i in range(len(checkpoint.blocks))]
-    if reasons := reasons_against(engine, contract, family, map(read_block, shards)):
+    other = read_block(folder / folders.OTHER_SHARD)
+    if reasons := reasons_against(engine, contract, family, map(read_block, shards), other.quantized):
         raise ValueError(
             f"{folder} cannot be served by {engine.title} as it was calibrated:\n- " + "\n- ".join(reasons)
         )
@@ -108,10 +109,9 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
         digests |= {f"{name}.{key}": digest(tensor) for key, tensor in tensors.items()}
         written = {f"{name}.{key}": tensor for key, tensor in family.stored_form(tensors).items()}
         _save(partial, f"model-{index + 1:05d}-of-{len(shards) + 1:05d}.safetensors", written, weight_map)
-    _, others = read_shard(folder / folders.OTHER_SHARD)
-    digests |= {key: digest(tensor) for key, tensor in others.items()}
+    digests |= {key: digest(tensor) for key, tensor in other.floats.items()}
     last = f"model-{len(shards) + 1:05d}-of-{len(shards) + 1:05d}.safetensors"
-    _save(partial, last, others, weight_map)
+    _save(partial, last, other.floats, weight_map)
     total = sum(file.stat().st_size for file in partial.iterdir())
     write_json(
         partial / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

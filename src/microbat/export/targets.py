@@ -210,11 +210,11 @@ def target_of(name: str, layout: str) -> Target:
 
 
 def reasons_against(
-    target: Target, contract: dict[str, Any], family: Family, blocks: Iterable[StoredBlock]
+    target: Target, contract: dict[str, Any], family: Family, blocks: Iterable[StoredBlock], outside: QuantBlock
 ) -> list[str]:
-    """Why ``target`` would not compute what the folder of ``contract`` and ``blocks`` does, each with the way out; [] if
-    it would."""
-    reasons = [*tower_reasons(target, family), *format_reasons(target, contract)]
+    """Why ``target`` would not compute what the folder of ``contract``, ``blocks`` and the codes ``outside`` them does, each with
+    the way out; [] if it would."""
+    reasons = [*tower_reasons(target, family), *format_reasons(target, contract), *outside_reasons(target, outside)]
     found: Counter[str] = Counter()
     for stored in blocks:
         block = stored.quantized
@@ -242,6 +242,16 @@ def tower_reasons(target: Target, family: Family) -> list[str]:
         return []
     return [
         f"{family.name} models: {target.title} was not tried with them; microbat and --target transformers run them"
+    ]
+
+
+def outside_reasons(target: Target, outside: QuantBlock) -> list[str]:
+    """Those of layers outside the blocks."""
+    if not outside.weights:
+        return []
+    return [
+        f"{', '.join(outside.weights)}: {target.title} was not tried with quantized layers outside the blocks; microbat.load "
+        "runs them, and transformers after `import microbat`, or leave them in float (without --also)"
     ]
 
 

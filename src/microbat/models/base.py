@@ -433,8 +433,9 @@ class Checkpoint:
         family = self.family
         self.load_into(model.get_submodule(family.norm), family.norm, dtype)
         head = model.get_submodule(family.head)
-        tied = f"{family.head}.weight" not in self.names
-        self.load_into(head, family.embedding if tied else family.head, dtype)
+        if isinstance(head, nn.Linear):  # else it has its codes already
+            tied = f"{family.head}.weight" not in self.names
+            self.load_into(head, family.embedding if tied else family.head, dtype)
 
 
 def _open(file: Path) -> Any:

@@ -106,6 +106,10 @@ class MicrobatConfig(QuantizationConfig):
         family = family_of(hf_config.model_type)
         if family.towers:
             raise ValueError(f"{family.name} folders were not tried in vLLM; AutoModelForImageTextToText loads them")
+        if outside := quantized_layers(self.folder / OTHER_SHARD):
+            raise ValueError(
+                f"{self.folder}: vLLM was not tried with quantized layers outside the blocks ({', '.join(outside)})"
+            )
         self.family, self.blocks = family, family.blocks
         self.layers = [
             frozenset(quantized_layers(self.folder / block_shard(index)))
