@@ -112,7 +112,8 @@ def tiny(tmp_path_factory):
 
 
 def save_vlm(folder: Path, family: str, **overrides: object) -> Path:
-    """A tiny random vision-language model: 3 blocks and 3, a tower whose inner width is not a multiple of 32, DeepStack."""
+    """A tiny random vision-language model: 3 blocks and 3, a tower whose inner width is not a multiple of 32, DeepStack; 5
+    experts for Qwen3-VL-MoE, 2 of them a token."""
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -137,7 +138,9 @@ def save_vlm(folder: Path, family: str, **overrides: object) -> Path:
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
     }
-    if family == "qwen3_vl":
+    if family == "qwen3_vl_moe":
+        text |= {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+    if family in ("qwen3_vl", "qwen3_vl_moe"):
         text |= {"head_dim": 32}
         text["rope_parameters"] = {**text["rope_parameters"], "mrope_interleaved": True}
         vision |= {"intermediate_size": 112, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
@@ -166,11 +169,23 @@ def save_vlm(folder: Path, family: str, **overrides: object) -> Path:
                 else:
                     parameter.normal_(std=0.08)
     model.save_pretrained(folder)
+    if family == "qwen3_vl_moe":
+        store_as_the_hub_does(folder / "model.safetensors")
     save_tokenizer(folder, images=True)
     Qwen2VLImageProcessorPil(
         patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 8 * 8, "longest_edge": 32 * 32}
     ).save_pretrained(folder)
     return folder
+
+
+def store_as_the_hub_does(file: Path) -> None:
+    """Qwen3-VL-MoE's experts, [E, 2 N, K] and [E, K, N] as transformers saves them, as [E, K, 2 N] and [E, N, K]."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    for name in [name for name in tensors if ".mlp.experts." in name]:
+        tensors[name] = tensors[name].mT.contiguous()
+    save_file(tensors, file, {"format": "pt"})
 
 
 @pytest.fixture(scope="session")

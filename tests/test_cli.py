@@ -171,5 +171,5 @@ def test_help_teaches():
 def test_defaults_of_the_command_are_those_of_the_recipe():
     defaults = {p.name: p.default for p in get_command(app).commands["quantize"].params}
     for field in dataclasses.fields(Recipe):
-        if field.name not in ("model", "settings", "ignore"):
+        if field.name not in ("model", "settings", "ignore", "also"):
             assert defaults[field.name] == field.default, field.name

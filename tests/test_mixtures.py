@@ -16,7 +16,7 @@ from microbat import pipeline
 from microbat.bench import bench
 from microbat.calibrate.coverage import coverage
 from microbat.cli import app
-from microbat.export import as_it_is, compressed_tensors, gguf
+from microbat.export import compressed_tensors, gguf
 from microbat.export import folder as folders
 from microbat.formats.packing import pack
 from microbat.models.base import DECODER_SITES, Checkpoint
@@ -161,6 +161,26 @@ def test_strict_stops_at_experts_that_would_be_skipped(tiny, text_file, tmp_path
     assert "--strict: model.layers.0.mlp.experts.gate_up_proj: family 'qwen3_moe' does not know it" in run()
 
 
+@pytest.mark.parametrize(
+    ("method", "settings", "said"),
+    [
+        ("gptaq", {}, "gptaq cannot round experts: it needs their deviation. Choose gptq, or leave them in float"),
+        ("pt2llm", {}, "pt2llm takes channels in an order of its own, and experts share one activation"),
+        ("d2quant", {}, "d2quant's dual-scale quantizer and its correction are not made for experts"),
+        ("d2quant", {"dual": False, "correct": False}, "gptaq cannot round experts"),
+    ],
+)
+def test_what_means_nothing_to_experts_is_refused_before_any_work(tiny, method, settings, said):
+    scheme = "W2A16:ternary_g64" if method == "pt2llm" else "W2A16:int2_g64"
+    recipe = microbat.Recipe(
+        model=str(tiny("qwen3_moe", moe_intermediate_size=64)), method=method, scheme=scheme, settings=settings
+    )
+    with pytest.raises(ValueError, match=f"layer 'model.layers.0.mlp.experts.gate_proj': {re.escape(said)}"):
+        pipeline.check(recipe)
+    recipe = dataclasses.replace(recipe, ignore=("re:experts",))
+    pipeline.check(recipe)
+
+
 def test_an_altered_expert_is_named(made, tmp_path):
     folder, _ = made(*CASES[0])
     copy = shutil.copytree(folder, tmp_path / "q")
@@ -177,12 +197,8 @@ def test_an_altered_expert_is_named(made, tmp_path):
 
 def test_engines_that_do_not_compute_them_refuse(made, tmp_path):
     folder, _ = made("mixtral", "rtn", "W4A16", {})
-    for export, target in (
-        (compressed_tensors.export, "vllm-hopper"),
-        (gguf.export, "llama.cpp"),
-        (as_it_is.export, "vllm-plugin"),
-    ):
-        with pytest.raises(ValueError, match=r"experts: no engine has been verified .*--ignore 're:experts'"):
+    for export, target in ((compressed_tensors.export, "vllm-hopper"), (gguf.export, "llama.cpp")):
+        with pytest.raises(ValueError, match=r"experts: .* has not been verified .* keep the microbat folder"):
             export(folder, tmp_path / "x", target=target)
         assert not (tmp_path / "x").exists()
 

@@ -29,6 +29,7 @@ from microbat.models.base import Checkpoint
 from microbat.models.padding import padded
 from microbat.quantizers.base import AbsMax
 from microbat.recipe import Recipe
+from microbat.runtime.experts import PackedExperts
 from microbat.runtime.load import load_dequantized
 from microbat.runtime.packed import PackedLinear
 from microbat.scheme import Scheme
@@ -86,7 +87,7 @@ class Watching(Preparer):
         return plan
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl"])
 def test_blocks_are_given_what_the_model_gives_them(tiny, pairs, family, tmp_path):
     """DeepStack, windows, scattered features, positions: the oracle is the float model, its blocks watched."""
     checkpoint = Checkpoint(tiny(family))
@@ -136,7 +137,9 @@ def test_blocks_are_given_what_the_model_gives_them(tiny, pairs, family, tmp_pat
     assert keeper.finished[1].shape == (1, pairs[0]["input_ids"].shape[1], 128)
 
 
-@pytest.mark.parametrize(("family", "layers", "width"), [("qwen3_vl", 33, 128), ("qwen2_5_vl", 36, 128)])
+@pytest.mark.parametrize(
+    ("family", "layers", "width"), [("qwen3_vl", 33, 128), ("qwen3_vl_moe", 33, 128), ("qwen2_5_vl", 36, 128)]
+)
 def test_the_whole_way(quantized, pairs, family, layers, width):
     out = quantized(family)
     assert json.loads((out / "config.json").read_text())["vision_config"]["intermediate_size"] == width
@@ -146,7 +149,8 @@ def test_the_whole_way(quantized, pairs, family, layers, width):
     assert verdict.layers == layers
     assert verdict.divergence < 1e-5  # microbat's own runtime, in float32, on the images of the proof
     model = microbat.load(out)
-    packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    named = [name for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedExperts)]
+    packed = [name for name in named if ".groups." not in name]  # an expert's own layer
     assert len(packed) == layers
     assert sum("visual" in name for name in packed) == layers - 21
     exact = load_dequantized(out)
@@ -163,6 +167,22 @@ def test_the_whole_way(quantized, pairs, family, layers, width):
     assert torch.equal(*answers)
     assert answers[0].shape[1] == pairs[2]["input_ids"].shape[1] + 5
     assert isinstance(pipeline.generate(out, "Without an image", max_new_tokens=3, device="cpu"), str)
+
+
+def test_mergers_on_request(tiny, images, pairs, tmp_path):
+    """The language model was calibrated on what they make: its last block's outputs in the proof are those of the folder."""
+    options = {"method": "gptq", "scheme": "W4A8", "calibration": str(images), **FAST}
+    out = microbat.quantize(tiny("qwen3_vl"), out=tmp_path / "q", also=("re:merger",), **options)
+    layers = [entry["name"] for entry in json.loads((out / "report.json").read_text())["outside"]]
+    assert len(layers) == 6
+    verdict = verify(out)
+    assert verdict.passed, verdict
+    assert verdict.layers == 33 + 6
+    assert verdict.divergence < 1e-5
+    model, theirs = microbat.load(out), AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+    assert isinstance(model.model.visual.merger.linear_fc1, PackedLinear)
+    with torch.no_grad():
+        assert torch.equal(model(**pairs[1]).logits, theirs(**pairs[1]).logits)
 
 
 def test_an_image_changes_what_is_said(quantized, pairs):
@@ -192,22 +212,24 @@ def test_engines_that_were_not_tried_with_images_say_so(name, pairs):
         engines()[name]().run(Path(), pairs[0]["input_ids"][0], [], images)
 
 
-def test_an_interrupted_run_goes_on_in_the_tower(tiny, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("family", "block"), [("qwen3_vl", 1), ("qwen3_vl_moe", 4)])
+def test_an_interrupted_run_goes_on(tiny, images, tmp_path, monkeypatch, family, block):
+    """In the tower; in the language model, where experts are."""
     options = {"method": "gptq", "calibration": str(images), **FAST}
-    whole = microbat.quantize(tiny("qwen3_vl"), out=tmp_path / "whole", **options)
+    whole = microbat.quantize(tiny(family), out=tmp_path / "whole", **options)
     original = pipeline.calibrate
 
     def interrupted(*args):
         for number, record in enumerate(original(*args)):
             yield record
-            if number == 1:
+            if number == block:
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "calibrate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        microbat.quantize(tiny("qwen3_vl"), out=tmp_path / "again", **options)
+        microbat.quantize(tiny(family), out=tmp_path / "again", **options)
     monkeypatch.setattr(pipeline, "calibrate", original)
-    again = microbat.quantize(tiny("qwen3_vl"), out=tmp_path / "again", **options)
+    again = microbat.quantize(tiny(family), out=tmp_path / "again", **options)
     assert digests(again) == digests(whole)
 
 
@@ -242,6 +264,16 @@ def test_coverage_knows_the_tower(tiny):
     assert rows["model.visual.blocks.2.mlp.linear_fc2"].shape == (64, 128)
     assert "outside the blocks" in rows["model.visual.deepstack_merger_list.1.linear_fc1"].reason
     assert "outside the blocks" in rows["model.visual.patch_embed.proj.weight"].reason
+
+
+def test_coverage_knows_the_experts(tiny):
+    checkpoint = Checkpoint(tiny("qwen3_vl_moe"))
+    rows = {row.layer: row for row in coverage(padded(checkpoint, checkpoint.family.stacks, 32), Scheme.parse("W4A4"))}
+    assert not any(row.surprise for row in rows.values())
+    assert sum(row.weights == "mxfp4" for row in rows.values()) == 33
+    experts = {row.shape for name, row in rows.items() if ".experts." in name and row.weights == "mxfp4"}
+    assert experts == {(5, 96, 128), (5, 128, 96)}
+    assert rows["model.language_model.layers.0.mlp.gate.weight"].reason == "the router stays in float"
 
 
 def test_images_that_cannot_be_read(tiny, images, tmp_path):
@@ -323,12 +355,16 @@ def test_images_for_a_model_without_eyes(tiny, images):
         pipeline.check(Recipe(model=str(tiny()), calibration=str(images)))
 
 
-def test_the_command_line(tiny, images, tmp_path):
-    command = ["quantize", tiny("qwen3_vl"), "--out", tmp_path / "q", "--method", "rtn", "--calibration", images]
+@pytest.mark.parametrize(
+    ("family", "layer"), [("qwen3_vl", "mlp.down_proj"), ("qwen3_vl_moe", "mlp.experts.down_proj")]
+)
+def test_the_command_line(tiny, images, tmp_path, family, layer):
+    command = ["quantize", tiny(family), "--out", tmp_path / "q", "--method", "rtn", "--calibration", images]
     command += ["--num-calibration-samples", 3, "--max-seq-length", 128, "--strict"]
     result = CliRunner().invoke(app, [str(part) for part in command])
     assert result.exit_code == 0, result.output
     assert "model.visual.blocks.*.mlp.linear_fc2" in result.output
+    assert f"model.language_model.layers.*.{layer}" in result.output
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "q")])
     assert result.exit_code == 0, result.output
     assert "visual" in result.output
@@ -352,12 +388,20 @@ def test_padding_changes_no_number(tiny):
     assert torch.equal(quantizer.fake(read)[:, :112], quantizer.fake(stored))  # zeros move no scale
 
 
-def test_an_export_for_transformers(tiny, images, tmp_path):
-    """The layout of compressed-tensors, the tower's packed weights in it, run on the image of its proof."""
+@pytest.mark.parametrize(("family", "ignore", "layers"), [("qwen3_vl", (), 33), ("qwen3_vl_moe", ("re:experts",), 24)])
+def test_an_export_for_transformers(tiny, images, tmp_path, family, ignore, layers):
+    """The layout of compressed-tensors, the tower's packed weights in it, run on the image of its proof; experts in float."""
     pytest.importorskip("compressed_tensors")
-    options = {"method": "rtn", "scheme": "W4A16", "calibration": str(images), **FAST}
-    folder = microbat.quantize(tiny("qwen3_vl"), out=tmp_path / "q", **options)
+    options = {"method": "rtn", "scheme": "W4A16", "calibration": str(images), "ignore": ignore, **FAST}
+    folder = microbat.quantize(tiny(family), out=tmp_path / "q", **options)
     out = compressed_tensors.export(folder, tmp_path / "ct", target="transformers")
     verdict = verify(out)
     assert verdict.passed, verdict
-    assert verdict.layers == 33
+    assert verdict.layers == layers
+
+
+def test_experts_that_a_checkpoint_holds_fused_have_no_export(quantized, tmp_path):
+    with pytest.raises(
+        ValueError, match="qwen3_vl_moe's checkpoints hold experts fused, for which compressed-tensors has"
+    ):
+        compressed_tensors.export(quantized("qwen3_vl_moe"), tmp_path / "ct", target="transformers")

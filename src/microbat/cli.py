@@ -64,6 +64,12 @@ def quantize(
     ignore: Annotated[
         list[str] | None, typer.Option(help="A layer to leave in float: its full name, or `re:` and a pattern.")
     ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A layer outside the blocks to round as well: lm_head, or `re:merger` for a tower's mergers."
+        ),
+    ] = None,
     calibration: Annotated[
         str,
         typer.Option(
@@ -124,6 +130,7 @@ def quantize(
                 scheme=scheme,
                 scale_rule=scale_rule,
                 ignore=tuple(ignore or ()),
+                also=tuple(also or ()),
                 calibration=calibration,
                 num_calibration_samples=num_calibration_samples,
                 max_seq_length=max_seq_length,
@@ -496,6 +503,9 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
             f"{layer['weight_error']:.4f}",
             f"{layer['output_error']:.4f}",
         )
+    for layer in content.get("outside", ()):
+        shape, runs = "x".join(map(str, layer["shape"])), _backends(layer["format"], activations, device)
+        table.add_row(layer["name"], shape, layer["format"], f"{layer['bits']:.2f}", runs, "none", "0", "", "")
     console.print(table)
     parameters = {(layer["block"], layer["site"]): layer["transform_params"] for layer in content["layers"]}
     console.print(

@@ -28,6 +28,7 @@ from microbat.calibrate.data import Calibration
 from microbat.calibrate.engine import calibrate, preflight
 from microbat.calibrate.job import Job, Precision, Record
 from microbat.calibrate.memory import total_memory
+from microbat.calibrate.outside import asked, rounded
 from microbat.calibrate.stream import Sample
 from microbat.calibrate.workers import Workers
 from microbat.export import folder as folders
@@ -91,6 +92,7 @@ def check(recipe: Recipe) -> Checkpoint:
     blocks = (role.format.block for role in (scheme.weight, scheme.activation) if role is not None)
     checkpoint = padded(checkpoint, wanted, math.lcm(*(block or 1 for block in blocks)))
     preflight(checkpoint, scheme, (*preparers, solver))
+    asked(checkpoint, scheme)
     for preparer in preparers:
         if preparer.whole_model:
             what = f"method {preparer.name!r} {preparer.whole_model.why}"
@@ -173,8 +175,10 @@ def run(
         records = _most_telling(calibrate(job, keeper, _picture, progress, ahead))
     distilled = whole.distilled(job, _progress)
     checkpoint = job.checkpoint
-    floats = {name: checkpoint.tensor(name) for name in checkpoint.names if not checkpoint.in_block(name)}
-    folders.write_other(partial / folders.OTHER_SHARD, floats)
+    outside = rounded(checkpoint, scheme)
+    beside = (name for name in checkpoint.names if not checkpoint.in_block(name))
+    floats = {name: checkpoint.tensor(name) for name in beside if name.removesuffix(".weight") not in outside.weights}
+    folders.write_other(partial / folders.OTHER_SHARD, floats, outside)
     made = {
         "recipe": to_json(recipe),
         "methods": [describe(m) for m in (*preparers, solver)],
@@ -184,7 +188,7 @@ def run(
         "versions": _versions(),
     }
     others = sum(tensor.numel() for tensor in floats.values())
-    report = _report(recipe, job, records, others, partial, made, time.perf_counter() - started)
+    report = _report(recipe, job, records, outside, others, partial, made, time.perf_counter() - started)
     report["distillation"] = distilled
     folders.finish(
         partial,
@@ -428,15 +432,20 @@ def _report(
     recipe: Recipe,
     job: Job,
     records: list[Record],
+    outside: QuantBlock,
     others: int,
     partial: Path,
     made: dict[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    """``others`` is how many numbers lie outside the blocks."""
+    """``outside`` are the codes outside the blocks, ``others`` how many numbers lie there in float."""
     layers = [layer for record in records for layer in record.layers]
-    weights = sum(math.prod(layer["shape"]) for layer in layers)
-    code_bytes = round(sum(layer["bits"] * math.prod(layer["shape"]) / 8 for layer in layers))
+    around = [
+        {"name": name, "shape": list(q.shape), "format": q.format.name, "bits": 8 * q.nbytes / math.prod(q.shape)}
+        for name, q in outside.weights.items()
+    ]
+    weights = sum(math.prod(layer["shape"]) for layer in (*layers, *around))
+    code_bytes = round(sum(layer["bits"] * math.prod(layer["shape"]) / 8 for layer in (*layers, *around)))
     online_bytes = folders.online_bytes(partial)
     total = sum(file.stat().st_size for file in partial.glob("microbat-*.safetensors"))
     pictures = _worst(records)
@@ -460,6 +469,7 @@ def _report(
             "bf16_total": 2 * (weights + others),
         },
         "layers": layers,
+        "outside": around,
         "blocks": [
             {k: v for k, v in dataclasses.asdict(r).items() if k not in ("layers", "activations")} for r in records
         ],

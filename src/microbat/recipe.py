@@ -22,8 +22,9 @@ class Recipe:
 
     ``method`` is a preparer or a solver by name, ``solver`` the last step (empty: the method's own). ``settings`` are
     hyper-parameters by name; one that method and solver share is written ``method.name``. ``scale_rule`` empty means the
-    method's, or each format's default. ``calibration`` is ``self`` (the model's own generations), a .txt or .jsonl file,
-    a folder of images with a .jsonl (``skip_bad``: images that cannot be read are left out), or a data set of the hub.
+    method's, or each format's default. ``ignore`` and ``also`` name layers: :class:`~microbat.scheme.Scheme`. ``calibration`` is
+    ``self`` (the model's own generations), a .txt or .jsonl file, a folder of images with a .jsonl (``skip_bad``: images that
+    cannot be read are left out), or a data set of the hub.
     ``min_expert_tokens``: statistics of an expert that saw fewer calibration tokens are filled up
     with the block's other tokens (:mod:`microbat.calibrate.experts`); None: four times the experts' width, 0: not at all.
     ``precision`` is that of the products in calibration: ``auto`` takes bfloat16 where the hardware multiplies it.
@@ -35,6 +36,7 @@ class Recipe:
     scheme: str = "W4A4KV16"
     scale_rule: str = ""
     ignore: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
     calibration: str = "self"
     num_calibration_samples: int = 64
     max_seq_length: int = 512
@@ -65,11 +67,11 @@ class Recipe:
         for name in content:
             if name not in known:
                 raise unknown(f"entry in recipe {path}:", name, known)
-        return cls(**{k: tuple(v) if k == "ignore" else v for k, v in content.items()})
+        return cls(**{k: tuple(v) if k in ("ignore", "also") else v for k, v in content.items()})
 
     def parsed_scheme(self) -> Scheme:
         rule = self.scale_rule or pick("method", self.method, methods()).default_scale_rule
-        return Scheme.parse(self.scheme, scale_rule=rule, ignore=self.ignore)
+        return Scheme.parse(self.scheme, scale_rule=rule, ignore=self.ignore, also=self.also)
 
     def methods(self) -> tuple[tuple[Preparer, ...], Solver]:
         """The preparers and the solver with their hyper-parameters; unknown names, wrong types, and a scheme that means

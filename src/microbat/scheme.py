@@ -39,7 +39,8 @@ def formats() -> dict[str, BlockFormat]:
 class Scheme:
     """A quantizer for weights, one for activations, one for the cache; None leaves that role in 16 bits.
 
-    ``ignore``: regular expressions (``re:``) or exact names of linear layers to leave in float.
+    ``ignore``: regular expressions (``re:``) or exact names of linear layers to leave in float; ``also``: of those outside all
+    blocks, which are left alone otherwise, to quantize.
     """
 
     text: str
@@ -47,9 +48,12 @@ class Scheme:
     activation: AbsMax | None
     cache: AbsMax | None = None
     ignore: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
     @classmethod
-    def parse(cls, text: str, *, scale_rule: str = "", ignore: tuple[str, ...] = ()) -> "Scheme":
+    def parse(
+        cls, text: str, *, scale_rule: str = "", ignore: tuple[str, ...] = (), also: tuple[str, ...] = ()
+    ) -> "Scheme":
         """Read ``W<bits>A<bits>[KV<bits>][:format,...]``; ``scale_rule`` replaces each format's default rule."""
         match = PATTERN.fullmatch(text)
         if match is None:
@@ -78,7 +82,8 @@ class Scheme:
         unused = {f.name for f in named.values()} - {q.format.name for q in quantizers if q}
         if unused:
             raise ValueError(f"scheme {text!r}: no role has the width of {', '.join(sorted(unused))}")
-        return cls(text=text, weight=quantizers[0], activation=quantizers[1], cache=quantizers[2], ignore=ignore)
+        weight, activation, _ = quantizers
+        return cls(text=text, weight=weight, activation=activation, cache=cache, ignore=ignore, also=also)
 
     @staticmethod
     def _quantizer(
@@ -105,7 +110,12 @@ class Scheme:
 
     def ignores(self, name: str) -> bool:
         """Whether the linear layer of this full name stays in float."""
-        return any(re.search(p[3:], name) if p.startswith("re:") else p == name for p in self.ignore)
+        return any(matches(pattern, name) for pattern in self.ignore)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern``, a full name or ``re:`` and a regular expression, is of the layer ``name``."""
+    return bool(re.search(pattern[3:], name)) if pattern.startswith("re:") else pattern == name
 
 
 ROLES = (("weights", "w"), ("activations", "a"), ("the KV cache", "kv"))

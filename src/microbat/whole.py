@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from microbat.calibrate.job import Job
+from microbat.calibrate.outside import rounded
 from microbat.export import folder as folders
 from microbat.methods.base import ModelData, Preparer, Student
 from microbat.models.base import Checkpoint
@@ -78,7 +79,8 @@ def _distill(
     data = _data(job, progress)
     stored = [folders.read_block(shard) for shard in shards]
     stored = [dataclasses.replace(block, quantized=block.quantized.thawed()) for block in stored]
-    network = assemble(job.checkpoint, stored, device=job.device)
+    outside = rounded(job.checkpoint, job.scheme)
+    network = assemble(job.checkpoint, stored, outside=outside, device=job.device)
     blocks = [block.quantized for block in stored]
     student = Student(
         network=network,
@@ -94,10 +96,10 @@ def _distill(
 @torch.no_grad()
 def _prove(job: Job, shards: list[Path]) -> None:
     """Renew the proof of a model whose shards have changed: what its last block makes of the first sequence."""
-    model = assemble(job.checkpoint, (folders.read_block(shard) for shard in shards), device=job.device)
+    blocks = (folders.read_block(shard) for shard in shards)
+    model = assemble(job.checkpoint, blocks, outside=rounded(job.checkpoint, job.scheme), device=job.device)
     outputs: list[Tensor] = []
-    blocks = model.get_submodule(job.checkpoint.family.blocks)
-    blocks[-1].register_forward_hook(
+    model.get_submodule(job.checkpoint.family.blocks)[-1].register_forward_hook(
         lambda _, inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
     )
     with torch.autocast(job.device.type, torch.bfloat16, enabled=job.precision == "bfloat16"):

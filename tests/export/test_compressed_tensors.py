@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import microbat
@@ -15,12 +15,15 @@ from microbat.export.compressed_tensors import (
     export,
     from_tensors,
     quantization_config,
+    read_blocks,
     read_exported,
     to_tensors,
 )
+from microbat.export.targets import TARGETS
 from microbat.formats.block import BlockFormat
 from microbat.quantizers.base import AbsMax
 from microbat.registry import instances
+from microbat.verify import verify
 
 FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float32"}
 FORMATS = instances("microbat.formats", BlockFormat)
@@ -126,6 +129,68 @@ def test_transformers_computes_what_microbat_does(tiny, text_file, tmp_path, fam
     assert (theirs(tokens).logits.float() - expected).norm() / expected.norm() < bound
 
 
+EXPERTS = {
+    "qwen3_moe": ("mlp.experts", {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}),
+    "mixtral": ("block_sparse_moe.experts", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
+}
+
+
+@needs_theirs
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [("qwen3_moe", "W4A16"), ("mixtral", "W4A16:int4"), ("qwen3_moe", "W8A16:int8"), ("mixtral", "W6A16")],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_experts_are_stored_one_by_one_and_run(tiny, text_file, tmp_path, family, scheme):
+    """Byte for byte what the package writes for each expert's weight, under the names of the family's own checkpoints."""
+    if scheme == "W6A16" and not has_mxfp6():
+        pytest.skip("compressed-tensors has MXFP6 from 0.20")
+    folder = quantized(tiny, text_file, tmp_path / "q", scheme, family)
+    out = export(folder, tmp_path / "ct", target="transformers")
+    stored = folders.read_block(folder / folders.block_shard(1)).quantized.weights
+    place, names = EXPERTS[family]
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    file = load_file(out / index[f"model.layers.1.{place}.2.{names['up_proj']}.weight_packed"])
+    for held, theirs in names.items():
+        for expert, q in enumerate(stored[f"mlp.experts.{held}"].unstack()):
+            their_scheme, compressor = scheme_of(q.format.name, None)
+            scale = q.scales.to(torch.bfloat16) if q.format.name == "int4" else q.scales
+            written = compressor.compress({"weight": q.dequantize(), "weight_scale": scale}, their_scheme)
+            for key, tensor in written.items():
+                own = file.pop(f"model.layers.1.{place}.{expert}.{theirs}.{key}")
+                assert own.dtype == tensor.dtype
+                assert torch.equal(own.flatten().view(torch.uint8), tensor.flatten().contiguous().view(torch.uint8))
+    assert not [name for name in file if "experts" in name]
+    verdict = verify(out)
+    assert verdict.passed, verdict
+    assert (verdict.layers, verdict.error) == (14, 0)
+
+
+@needs_theirs
+@pytest.mark.filterwarnings("ignore")
+def test_experts_that_are_decoded_wrong_are_found(tiny, text_file, tmp_path, monkeypatch):
+    """The check above can fail: transformers drops the tensor scales of experts in NVFP4."""
+    folder = quantized(tiny, text_file, tmp_path / "q", "W4A16:nvfp4", "qwen3_moe")
+    with pytest.raises(ValueError, match="decodes experts in NVFP4 without their tensor scale"):
+        export(folder, tmp_path / "ct", target="transformers")
+    monkeypatch.setitem(TARGETS["transformers"].experts, ("nvfp4", None), ())
+    verdict = verify(export(folder, tmp_path / "ct", target="transformers"))
+    assert not verdict.passed
+    assert verdict.worst.endswith(".mlp.experts")
+
+
+def test_an_altered_expert_of_an_export_is_named(tiny, text_file, tmp_path):
+    out = export(quantized(tiny, text_file, tmp_path / "q", "W4A16", "mixtral"), tmp_path / "ct", target="transformers")
+    assert [len(block.quantized.weights) for block in read_blocks(out)] == [7, 7]
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight_scale"
+    file = out / json.loads((out / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name][0, 0] += 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"tensor model.layers.1.mlp.experts.up_proj.weight_scale is not the one"):
+        list(read_blocks(out))
+
+
 def test_the_export_says_where_it_comes_from(tiny, text_file, tmp_path):
     folder = quantized(tiny, text_file, tmp_path / "q", "W4A4", ignore=("re:1.mlp.down_proj$",))
     out = export(folder, tmp_path / "ct", target="transformers")
@@ -156,6 +221,30 @@ def test_the_export_says_where_it_comes_from(tiny, text_file, tmp_path):
         ("transformers", {"scheme": "W8A16:mxint8"}, ["mxint8 weights", "the engine has"]),
         ("vllm", {"scheme": "W4A16:nvfp4"}, ["tensor scale each", "--target vllm-plugin"]),
         ("vllm-cpu", {"scheme": "W8A16:int8"}, ["no kernel for it on CPUs", "W8A8:int8"]),
+        (
+            "transformers",
+            {"scheme": "W4A4", "family": "qwen3_moe"},
+            ["leaves their activations in 16 bits", "(2 blocks)"],
+        ),
+        (
+            "transformers",
+            {"scheme": "W8A16", "family": "mixtral"},
+            ["does not load experts in MXFP8", "W4A16 or W6A16"],
+        ),
+        (
+            "transformers",
+            {"scheme": "W4A16", "family": "mixtral", "ignore": ("re:experts",)},
+            ["experts are in float: transformers does not load"],
+        ),
+        (
+            "vllm",
+            {"scheme": "W4A16:int4", "family": "mixtral", "ignore": ("re:experts.up_proj",)},
+            [
+                "mlp.experts.up_proj are in float, mlp.experts.gate_proj, mlp.experts.down_proj are not: engines take all"
+            ],
+        ),
+        ("vllm", {"scheme": "W8A8:int8", "family": "qwen3_moe"}, ["vLLM on every GPU has not been verified"]),
+        ("vllm-cpu", {"scheme": "W4A16:int4", "family": "qwen3_moe"}, ["by activations of 8 bits, where there is AMX"]),
         ("vllm-cpu", {"scheme": "W4A4"}, ["no kernel for it on CPUs", "--target vllm-plugin"]),
         ("vllm-cpu", {"scheme": "W4A8"}, ["mxfp4 weights with mxfp8_e4m3", "int4 and 16 bits, int8 and int8"]),
         (
@@ -188,6 +277,8 @@ def test_what_an_engine_would_not_compute_is_refused(tiny, text_file, tmp_path, 
         ("vllm-hopper", {"scheme": "W4A16"}),
         ("vllm-blackwell", {"scheme": "W4A4", "scale_rule": "rceil"}),
         ("vllm-cpu", {"scheme": "W8A8:int8"}),
+        ("vllm", {"scheme": "W4A16:int4", "family": "mixtral"}),
+        ("vllm-hopper", {"scheme": "W8A16:int8", "family": "qwen3_moe"}),
     ],
 )
 def test_what_vllm_computes_is_exported(tiny, text_file, tmp_path, target, options):

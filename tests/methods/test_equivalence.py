@@ -40,7 +40,9 @@ class Exact(QTensor):
         return self.codes
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl"]
+)
 @pytest.mark.parametrize("name", PREPARERS)
 def test_float_function_is_kept(tiny, pairs, monkeypatch, name, family):
     exact = lambda self, x: Exact(format=self.format, codes=x, scales=x[..., :: self.format.block])  # noqa: E731
@@ -96,6 +98,7 @@ def test_float_function_is_kept(tiny, pairs, monkeypatch, name, family):
     float_model, model = pipeline.load(original.path), checkpoint.load()
     assert sum(len(block.weights) for block, _ in blocks.values()) == {
         "qwen3_vl": 3 * 7 + 3 * 4,
+        "qwen3_vl_moe": 3 * 7 + 3 * 4,
         "qwen2_5_vl": 3 * 7 + 3 * 5,
     }.get(family, 2 * 7)
     for index, (block, floats) in blocks.items():

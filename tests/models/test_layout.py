@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from microbat.models.base import WEIGHTS_INDEX, Checkpoint
-from microbat.models.layout import Layout, sources
+from microbat.models.base import WEIGHTS_INDEX, Checkpoint, families
+from microbat.models.layout import Layout, sources, stored_form
 from microbat.models.mixtral import MIXTRAL
 
 TOKENS = torch.randint(257, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -20,6 +20,18 @@ TOKENS = torch.randint(257, (2, 24), generator=torch.Generator().manual_seed(5))
 def test_the_float_model_is_transformers(tiny, family):
     model, theirs = Checkpoint(tiny(family)).load(), AutoModelForCausalLM.from_pretrained(tiny(family))
     torch.testing.assert_close(model(TOKENS).logits, theirs(TOKENS).logits)
+
+
+def test_experts_that_the_hub_stores_fused_and_transposed(tiny, pairs):
+    folder = tiny("qwen3_vl_moe")
+    block = "model.language_model.layers.2.mlp.experts"
+    stored, checkpoint = load_file(folder / "model.safetensors"), Checkpoint(folder)
+    assert stored[f"{block}.gate_up_proj"].shape == (5, 128, 2 * 96)
+    assert checkpoint.tensor(f"{block}.up_proj.weight").shape == (5, 96, 128)
+    assert checkpoint.tensor(f"{block}.down_proj.weight").shape == (5, 128, 96)
+    model, theirs = checkpoint.load(), AutoModelForImageTextToText.from_pretrained(folder)
+    for sample in pairs:
+        torch.testing.assert_close(model(**sample).logits, theirs(**sample).logits)
 
 
 def test_blocks_without_experts(tiny):
@@ -71,6 +83,37 @@ def test_fused_experts(transposed):
     for name, expected in (("b.0.e.gate.weight", gate), ("b.0.e.up.weight", up)):
         assert found[name].names == ("b.0.e.both",)
         assert torch.equal(found[name].layout.held_form([stored], config), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "qwen3_vl_moe"])
+def test_stored_form_is_what_a_checkpoint_holds(family):
+    """Quantized experts too: whatever is stored for a weight is one tensor of each."""
+    layouts = families()[family].layouts
+    held = {f"mlp.experts.{name}.weight": torch.randn(3, *shape) for name, shape in SHAPES.items()}
+    held |= {"mlp.gate.weight": torch.randn(3, 4), "input_layernorm.weight": torch.randn(4)}
+    if family != "qwen3_vl_moe":
+        held["mlp.experts.up_proj.weight_scale"] = torch.randn(3, 6, 2)
+    stored = stored_form(held, layouts)
+    assert set(stored) == {
+        "qwen3_moe": {*each("mlp.experts", ("gate_proj", "up_proj", "down_proj"), "up_proj"), "mlp.gate.weight"},
+        "mixtral": {*each("block_sparse_moe.experts", ("w1", "w3", "w2"), "w3"), "block_sparse_moe.gate.weight"},
+        "qwen3_vl_moe": {"mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"},
+    }[family] | {"input_layernorm.weight"}
+    config = SimpleNamespace(hidden_size=4, moe_intermediate_size=6)
+    found = sources([f"b.0.{name}" for name in stored], "b", layouts)
+    assert {name.removeprefix("b.0.") for name in found} == set(held)
+    for name, tensor in held.items():
+        source = found[f"b.0.{name}"]
+        parts = [stored[part.removeprefix("b.0.")] for part in source.names]
+        assert torch.equal(parts[0] if source.layout is None else source.layout.held_form(parts, config), tensor), name
+
+
+SHAPES = {"gate_proj": (6, 4), "up_proj": (6, 4), "down_proj": (4, 6)}
+
+
+def each(path, layers, scaled):
+    names = [f"{path}.{expert}.{layer}.weight" for expert in range(3) for layer in layers]
+    return [*names, *(f"{path}.{expert}.{scaled}.weight_scale" for expert in range(3))]
 
 
 def test_names_that_no_layout_has_stay():

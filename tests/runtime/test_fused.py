@@ -8,7 +8,7 @@ import torch
 import microbat
 from microbat.export.folder import block_shard, read_block
 from microbat.kv import KVQuantizer
-from microbat.runtime.fused import TokenCache, fuse, locate, not_floats
+from microbat.runtime.fused import TokenCache, experts, fuse, locate, not_floats
 
 FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float32"}
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -87,7 +87,29 @@ def test_new_tokens_are_quantized_as_in_attention(folder):
     assert torch.equal(found[2], wanted[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_of_an_engine_are_those_of_the_model(tiny, text_file, tmp_path, dtype):
+    """One of their three layers in float."""
+    options = {"scheme": "W4A8", "ignore": ("re:experts.up_proj$",), "calibration": str(text_file), **FAST}
+    folder = microbat.quantize(tiny("mixtral"), out=tmp_path / "q", method="quarot", **options)
+    own = experts(read_block(folder / block_shard(1)), "mlp.experts", torch.nn.SiLU(), 2, dtype=dtype)
+    whole = microbat.load(folder, dtype=dtype).get_submodule("model.layers.1.mlp.experts")
+    assert [type(own.get_submodule(name)).__name__ for name in ("gate_proj", "up_proj")] == [
+        "PackedExperts",
+        "ExpertLinear",
+    ]
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(9, 64, generator=generator).to(dtype)
+    weights, index = torch.rand(9, 3, generator=generator).topk(2)
+    assert torch.equal(own(x, index.to(torch.int32), weights), whole(x, index, weights))
+
+
 def test_what_an_engine_does_not_load():
+    pattern = re.compile(not_floats("model.layers", [], modules=["model.layers.1.mlp.experts"]))
+    ours = ("experts.7.gate_proj.weight_packed", "experts.7.gate_proj.0.weight", "experts.up_proj.weight")
+    assert all(pattern.match(f"model.layers.1.mlp.{name}") for name in ours)
+    assert not pattern.match("model.layers.0.mlp.experts.up_proj.weight")
+    assert not pattern.match("model.layers.1.mlp.gate.weight")
     pattern = re.compile(not_floats("model.layers", ["model.layers.0.mlp.up_proj"]))
     ours = ("up_proj.weight_packed", "up_proj.0.weight_packed", "up_proj.2.weight", "up_proj.1.weight_scale")
     assert all(pattern.match(f"model.layers.0.mlp.{name}") for name in ours)

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float32"}
 WIDE = {"hidden_size": 128}  # heads of 32 lanes: vLLM's attention on CPUs has no smaller ones
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+LAYERS = ("gate", "up", "down")
 START = 400  # seconds; a server compiles the model first
 
 
@@ -144,6 +145,19 @@ def test_many_requests_in_one_batch(everything, server):
         ("llama", "rtn", "W4A4:nvfp4", {}),
         ("llama", "smoothquant", "W4A8:int4,int8", {}),
         ("llama", "rtn", "W6A6", {}),
+        ("qwen3_moe", "batquant", "W4A4KV4", {"settings": {"epochs": 1}}),
+        (
+            "mixtral",
+            "rtn",
+            "W4A8",
+            {"ignore": [f"model.layers.{i}.mlp.experts.up_proj" for i in (0, 1)]},
+        ),  # names of its own
+        (
+            "mixtral",
+            "gptq",
+            "W4A16",
+            {"ignore": [f"model.layers.{i}.mlp.experts.{n}_proj" for i in (0, 1) for n in LAYERS]},
+        ),
     ],
 )
 def test_every_layer_computes_what_was_calibrated(made, family, method, scheme, options):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from microbat.calibrate.outside import asked
 from microbat.experts import ExpertLinear
 from microbat.models.base import Checkpoint, linear_layers
 from microbat.scheme import Scheme
@@ -29,6 +30,7 @@ def coverage(checkpoint: Checkpoint, scheme: Scheme) -> list[Covered]:
     blocks = {name: (stack, model.get_submodule(name)) for stack, name in checkpoint.blocks}
     known = {f"{name}.{path}" for name, (stack, block) in blocks.items() for path in linear_layers(stack, block)}
     readers = {f"{n}.{path}" for n, (stack, _) in blocks.items() for site in stack.sites for path in site.readers}
+    also = asked(checkpoint, scheme)
     outside = tuple(f"{path}." for path in family.others)
     weights, activations = (role and role.format.name for role in (scheme.weight, scheme.activation))
     rows = []
@@ -45,6 +47,8 @@ def coverage(checkpoint: Checkpoint, scheme: Scheme) -> list[Covered]:
                 rows.append(Covered(layer=layer, shape=shape, weights=weights, activations=activations))
             elif name in readers:
                 rows.append(Covered(layer=layer, shape=shape, reason="the router stays in float"))
+            elif name in also:
+                rows.append(Covered(layer=layer, shape=shape, weights=weights, activations=activations))
             elif name == family.head:
                 rows.append(Covered(layer=layer, shape=shape, reason="the output head stays in float"))
             elif f"{name}.".startswith(outside):

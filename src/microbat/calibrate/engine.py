@@ -37,7 +37,9 @@ from microbat.calibrate.job import (
     sequences,
 )
 from microbat.calibrate.memory import allocate
+from microbat.calibrate.outside import rounded, standing
 from microbat.calibrate.stream import Activations, Passage, passage
+from microbat.experts import ExpertLinear
 from microbat.linear import QuantBlock, install
 from microbat.methods.base import Method
 from microbat.models.base import Checkpoint, Stack, linear_layers
@@ -70,6 +72,8 @@ def preflight(checkpoint: Checkpoint, scheme: Scheme, methods: Iterable[Method] 
             for method in () if scheme.ignores(name) else methods:
                 try:
                     method.check_width(linear.in_features, scheme)
+                    if isinstance(linear, ExpertLinear):
+                        method.check_experts()
                 except ValueError as error:
                     raise ValueError(f"layer {name!r}: {error}") from error
 
@@ -95,7 +99,8 @@ def _walk(
             for index, name in own:
                 yield _carried(job, model, index, name, keeper)
             continue
-        through, (quantized,) = _enter(job, model, stack, towers, 1)
+        with standing(model, rounded(job.checkpoint, job.scheme, job.checkpoint.family.others)):
+            through, (quantized,) = _enter(job, model, stack, towers, 1)
         for position, (index, _) in enumerate(own):
             record = _calibrate_block(job, next(floats), model, quantized, keeper, observe, progress)
             through.leave(position, quantized)

@@ -65,11 +65,6 @@ def solve_experts(
     """
     if solver.takes_stacks:
         return solver.solve_site(weights, quantizers, None)
-    if solver.needs - {"hessian"}:
-        raise ValueError(
-            f"{solver.name!r} cannot round experts: it needs their {', '.join(sorted(solver.needs - {'hessian'}))}. "
-            "Choose gptq, or leave them in float with --ignore."
-        )
     num_experts, _, width = next(iter(weights.values())).shape
     solved: dict[str, list[Solution]] = {path: [] for path in weights}
     for experts in torch.arange(num_experts).split(max(1, HESSIAN_BYTES // (8 * width**2))):
@@ -85,10 +80,6 @@ def solve_experts(
 
 
 def _stacked(solutions: list[Solution]) -> Solution:
-    if any(solution.order is not None for solution in solutions):
-        raise ValueError(
-            "experts read one activation, and each asks for its channels in an order of its own; set order=natural"
-        )
     weights: list[Any] = [solution.weight for solution in solutions]
     notes = {key: max(solution.notes[key] for solution in solutions) for key in solutions[0].notes}
     return Solution(weight=type(weights[0]).stack(weights), notes=notes)

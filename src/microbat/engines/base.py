@@ -17,7 +17,8 @@ from microbat.registry import subclasses
 class Run:
     """What an engine made of a sequence: ``logits`` float32 [L, V] of its last L tokens (or log-probabilities), computed in
     ``dtype``; ``layers``: linear layer -> its inputs and its output: [1, tokens, K] and [1, tokens, N], for experts [tokens, K],
-    which rows go to which, and [rows, N]. Engines that do not show their layers leave it empty."""
+    which rows go to which, and [rows, N]; of an engine that holds a block's experts as one module, that one's. Engines that do
+    not show their layers leave it empty."""
 
     logits: Tensor
     dtype: torch.dtype
@@ -45,14 +46,15 @@ class Engine(ABC):
 
 @torch.no_grad()
 def watched(model: nn.Module, tokens: Tensor, layers: list[str], images: dict[str, Tensor]) -> Run:
-    """The run of ``model``, a model of transformers in this process."""
+    """The run of ``model``, a model of transformers in this process; where it holds experts as one module, that one's."""
     seen: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
+    there = dict(model.named_modules())
     with contextlib.ExitStack() as stack:
-        for name in layers:
+        for name in dict.fromkeys(name if name in there else name.rpartition(".")[0] for name in layers):
             keep = lambda module, inputs, output, name=name: seen.update({name: (inputs, output)})  # noqa: E731
             stack.enter_context(model.get_submodule(name).register_forward_hook(keep))
-        there = {name: tensor.to(model.device) for name, tensor in images.items()}
-        logits = model(tokens[None].to(model.device), **there).logits[0]
+        placed = {name: tensor.to(model.device) for name, tensor in images.items()}
+        logits = model(tokens[None].to(model.device), **placed).logits[0]
     return Run(logits=logits.to("cpu", torch.float32), dtype=model.dtype, layers=seen)
 
 

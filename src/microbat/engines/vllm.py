@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from microbat.engines.base import Engine, Run, text_alone
+from microbat.experts import Experts
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model in the process that asks for it, where its layers can be watched
@@ -51,7 +53,7 @@ def _cause(stderr: str) -> str:
 
 def _watch(
     folder: str, tokens: Tensor, layers: list[str]
-) -> tuple[Tensor, torch.dtype, dict[str, tuple[tuple[Tensor], Tensor]]]:
+) -> tuple[Tensor, torch.dtype, dict[str, tuple[tuple[Tensor, ...], Tensor]]]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -64,12 +66,15 @@ def _watch(
         max_num_seqs=1,
     )
     hidden: list[Tensor] = []
-    seen: dict[str, tuple[tuple[Tensor], Tensor]] = {}
+    seen: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
+    experts = {_block(name): name.rpartition(".")[0] for name in layers if ".experts." in name}
 
     def hook(model: nn.Module) -> None:
         model.register_forward_hook(lambda module, inputs, output: hidden.append(output[: len(tokens)].clone()))
         fused = getattr(model, "packed_modules_mapping", {})
         for prefix, module in model.named_modules():
+            if isinstance(module, Experts) and (whole := experts.get(_block(prefix))):
+                module.register_forward_hook(_experts_keeper(whole, seen))
             parent, _, name = prefix.rpartition(".")
             parts = [f"{parent}.{part}" for part in fused.get(name, (name,))]
             if not set(parts).isdisjoint(layers):
@@ -80,10 +85,25 @@ def _watch(
     llm.generate({"prompt_token_ids": tokens.tolist()}, greedy, use_tqdm=False)
     [logits] = llm.apply_model(lambda model: model.compute_logits(hidden[0]))
     dtype = llm.llm_engine.model_config.dtype
-    return logits.to("cpu", torch.float32), dtype, {name: seen[name] for name in layers if name in seen}
+    shown = {name: seen[name] for name in (*layers, *experts.values()) if name in seen}
+    return logits.to("cpu", torch.float32), dtype, shown
 
 
-def _keeper(parts: list[str], seen: dict[str, tuple[tuple[Tensor], Tensor]]) -> nn.Module:
+def _block(name: str) -> str:
+    """The block that a module of this name is in: the name up to the first number."""
+    return re.match(r"[^\d]*\d*", name)[0]
+
+
+def _experts_keeper(name: str, seen: dict[str, tuple[tuple[Tensor, ...], Tensor]]) -> nn.Module:
+    """A hook that keeps what went in and out of a block's experts, which microbat's plugin holds as one module."""
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[name] = tuple(x.detach().cpu().clone() for x in inputs), output.detach().cpu().clone()
+
+    return keep
+
+
+def _keeper(parts: list[str], seen: dict[str, tuple[tuple[Tensor, ...], Tensor]]) -> nn.Module:
     """A hook that keeps what went in and out of the layers ``parts`` of one module."""
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]) -> None:

@@ -4,8 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
-from microbat.export.folder import INDEX, read_contract, read_shard
-from microbat.export.targets import AS_IT_IS, NO_EXPERTS, target_of, tower_reasons
+from microbat.export.folder import INDEX, OTHER_SHARD, read_block, read_contract, read_shard
+from microbat.export.targets import AS_IT_IS, outside_reasons, target_of, tower_reasons
 from microbat.models.base import Checkpoint
 
 
@@ -18,15 +18,16 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
     folder, out = Path(folder), Path(out)
     engine = target_of(target, AS_IT_IS)
     read_contract(folder)
-    if reasons := tower_reasons(engine, Checkpoint(folder, index=INDEX).family):
+    outside = read_block(folder / OTHER_SHARD).quantized
+    if reasons := [
+        *tower_reasons(engine, Checkpoint(folder, index=INDEX).family),
+        *outside_reasons(engine, outside),
+    ]:
         raise ValueError(f"{folder} cannot be served by {engine.title}:\n- " + "\n- ".join(reasons))
     if out.exists():
         raise ValueError(f"output folder {out} exists; choose another or remove it")
     for shard in sorted(folder.glob("*.safetensors")):
-        description, _ = read_shard(shard)
-        shapes = (weight["shape"] for site in description.get("sites", ()) for weight in site["weights"].values())
-        if any(len(shape) == 3 for shape in shapes):
-            raise ValueError(f"{shard} holds experts: {NO_EXPERTS}")
+        read_shard(shard)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(folder, partial)

@@ -24,6 +24,7 @@ Which of these an engine computes as calibrated is :mod:`microbat.export.targets
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,14 +35,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microbat.experts import ExpertLinear
 from microbat.export import folder as folders
-from microbat.export.folder import StoredBlock, digest, read_block, read_contract, read_shard, write_json
+from microbat.export.folder import StoredBlock, digest, read_block, read_contract, write_json
 from microbat.export.targets import LAYOUT, reasons_against, target_of
 from microbat.formats.block import BlockFormat, QTensor
-from microbat.formats.element import E2M1, E4M3, E8M0
+from microbat.formats.element import BF16, E2M1, E4M3, E8M0
 from microbat.formats.packing import pack, pack_bits, unpack, unpack_bits
 from microbat.linear import QuantBlock, QuantSite
-from microbat.models.base import WEIGHTS_INDEX, Checkpoint
+from microbat.models.base import WEIGHTS_INDEX, Checkpoint, Family
 from microbat.quantizers.base import AbsMax
 from microbat.registry import instances, pick
 
@@ -88,7 +90,8 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
     if out.exists():
         raise ValueError(f"output folder {out} exists; choose another or remove it")
     family, shards = checkpoint.family, [folder / folders.block_shard(i) for i in range(len(checkpoint.blocks))]
-    if reasons := reasons_against(engine, contract, family, (read_block(shard).quantized for shard in shards)):
+    other = read_block(folder / folders.OTHER_SHARD)
+    if reasons := reasons_against(engine, contract, family, map(read_block, shards), other.quantized):
         raise ValueError(
             f"{folder} cannot be served by {engine.title} as it was calibrated:\n- " + "\n- ".join(reasons)
         )
@@ -101,14 +104,14 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
     digests: dict[str, str] = {}
     for index, shard in enumerate(shards):
         name, stored = checkpoint.blocks[index][1], read_block(shard)
-        tensors = _block_tensors(stored, name, quantized_inputs=activations is not None)
+        tensors = _block_tensors(stored, quantized_inputs=activations is not None)
         codes |= {f"{name}.{path}": codes_digest(q) for path, q in stored.quantized.weights.items()}
-        digests |= {key: digest(tensor) for key, tensor in tensors.items()}
-        _save(partial, f"model-{index + 1:05d}-of-{len(shards) + 1:05d}.safetensors", tensors, weight_map)
-    _, others = read_shard(folder / folders.OTHER_SHARD)
-    digests |= {key: digest(tensor) for key, tensor in others.items()}
+        digests |= {f"{name}.{key}": digest(tensor) for key, tensor in tensors.items()}
+        written = {f"{name}.{key}": tensor for key, tensor in family.stored_form(tensors).items()}
+        _save(partial, f"model-{index + 1:05d}-of-{len(shards) + 1:05d}.safetensors", written, weight_map)
+    digests |= {key: digest(tensor) for key, tensor in other.floats.items()}
     last = f"model-{len(shards) + 1:05d}-of-{len(shards) + 1:05d}.safetensors"
-    _save(partial, last, others, weight_map)
+    _save(partial, last, other.floats, weight_map)
     total = sum(file.stat().st_size for file in partial.iterdir())
     write_json(
         partial / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -127,8 +130,9 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
     write_json(partial / PROVENANCE, {"microbat": version("microbat"), **vars(provenance)})
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = quantization_config(weights, activations, _float_layers(checkpoint, set(codes)))
-    if weights.name not in INTEGERS:
-        config["dtype"] = "bfloat16"  # what compressed-tensors unpacks these formats to, whatever the model's own is
+    in_scales_type = weights.scale_element == BF16 and any(f".{family.experts}." in layer for layer in codes)
+    if weights.name not in INTEGERS or in_scales_type:  # experts, which transformers decodes on its own
+        config["dtype"] = "bfloat16"  # what these are unpacked to, whatever the model's own is
     write_json(partial / "config.json", config)
     os.rename(partial, out)
     return out
@@ -196,7 +200,11 @@ def _codes(q: QTensor) -> Tensor:
 
 
 def to_tensors(q: QTensor, *, quantized_inputs: bool) -> dict[str, Tensor]:
-    """``q`` [N, K] as the tensors that compressed-tensors stores; integers depend on what they meet."""
+    """``q`` [N, K] as the tensors that compressed-tensors stores; integers depend on what they meet. Of experts [E, N, K]
+    those of each, stacked."""
+    if len(q.shape) == 3:
+        each = [to_tensors(one, quantized_inputs=quantized_inputs) for one in q.unstack()]
+        return {key: torch.stack([tensors[key] for tensors in each]) for key in each[0]}
     tensors = pack(dataclasses.replace(q, codes=_codes(q)))
     if q.format.name not in INTEGERS or quantized_inputs:
         return {key: tensor for key, tensor in tensors.items() if key != "weight_tensor_scale"}
@@ -214,6 +222,10 @@ def to_tensors(q: QTensor, *, quantized_inputs: bool) -> dict[str, Tensor]:
 def from_tensors(tensors: dict[str, Tensor], format: BlockFormat, *, quantized_inputs: bool) -> QTensor:
     """The inverse of :func:`to_tensors`; the tensor scale is that of the stored reciprocal. KeyError for what is missing."""
     tensors = dict(tensors)
+    stored = tensors.get("weight_packed", tensors.get("weight"))
+    if stored is not None and stored.dim() == 3:
+        each = ({key: tensor[expert] for key, tensor in tensors.items()} for expert in range(len(stored)))
+        return QTensor.stack([from_tensors(one, format, quantized_inputs=quantized_inputs) for one in each])
     if format.name in INTEGERS and not quantized_inputs:
         bits, width = format.element.bits, int(tensors["weight_shape"][-1])
         stored = tensors["weight_packed"].view(torch.uint8)
@@ -272,19 +284,32 @@ def _formats(weights: dict[str, str], activations: dict[str, str] | None) -> tup
     return pick("format", weights["format"], known), activations and pick("format", activations["format"], known)
 
 
-def _block_tensors(stored: StoredBlock, name: str, *, quantized_inputs: bool) -> dict[str, Tensor]:
-    """All tensors of a block by their full names."""
-    tensors = {f"{name}.{key}": tensor for key, tensor in stored.floats.items()}
+def _block_tensors(stored: StoredBlock, *, quantized_inputs: bool) -> dict[str, Tensor]:
+    """All tensors of a block by their names in it."""
+    tensors = dict(stored.floats)
     for path, q in stored.quantized.weights.items():
         own = to_tensors(q, quantized_inputs=quantized_inputs)
-        tensors |= {f"{name}.{path}.{key}": tensor for key, tensor in own.items()}
+        tensors |= {f"{path}.{key}": tensor for key, tensor in own.items()}
     return tensors
 
 
 def _float_layers(checkpoint: Checkpoint, quantized: set[str]) -> list[str]:
-    """Full names of the linear layers of the model that are not among ``quantized``."""
-    modules = checkpoint.skeleton().named_modules()
-    return [name for name, module in modules if isinstance(module, nn.Linear) and name not in quantized]
+    """Full names, as stored, of the linear layers and routers that are not among ``quantized``; a pattern for all experts."""
+    family, names = checkpoint.family, []
+    routers = {f"{block}.{path}" for _, block in checkpoint.blocks for site in family.sites for path in site.readers}
+    for name, module in checkpoint.skeleton().named_modules():
+        linear = isinstance(module, nn.Linear | ExpertLinear) or name in routers
+        if linear and name not in quantized:
+            names.append(_as_stored(name, family))
+    return names
+
+
+def _as_stored(layer: str, family: Family) -> str:
+    """The full name of a float layer in the words of quantization_config's ``ignore``."""
+    block, path = re.fullmatch(rf"({re.escape(family.blocks)}\.\d+\.|)(.*)", layer).groups()
+    stored = next((one.stored for one in family.layouts if one.held == f"{path}.weight"), path).removesuffix(".weight")
+    name = block + stored if block else layer
+    return name if "*" not in name else "re:" + re.escape(name).replace(r"\*", r"\d+") + "$"
 
 
 def _save(folder: Path, file: str, tensors: dict[str, Tensor], weight_map: dict[str, str]) -> None:

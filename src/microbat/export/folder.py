@@ -5,7 +5,7 @@
     config.json                             the model's config, with ``quantization_config`` (quant_method: microbat)
     microbat.safetensors.index.json         tensor name -> shard; the name keeps other readers from taking it for float
     microbat-block-000.safetensors ...      one shard a block: codes, scales, transforms, clip ratios, norms, biases
-    microbat-other.safetensors              embedding, final norm, head
+    microbat-other.safetensors              embedding, final norm, head, mergers: as a block's, paths being full names
     recipe.json report.json                 how it was made, what it cost
     proof.safetensors                       tokens, images with them, and what the calibrated model's last block made of them
     tokenizer files, generation_config.json as the model had them
@@ -53,6 +53,10 @@ INDEX = "microbat.safetensors.index.json"
 OTHER_SHARD = "microbat-other.safetensors"
 PROOF = "proof.safetensors"
 PROOF_TOKENS = 64
+OUTSIDE: dict[str, Any] = {
+    "name": "",
+    "sites": [],
+}  # the shard of what is outside all blocks, where it says nothing of itself
 COPIED = (
     "tokenizer*",
     "vocab*",
@@ -86,12 +90,13 @@ class StoredBlock:
 def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tensor]) -> None:
     """Write one block's shard whole or not at all. ``floats`` are its other tensors, by name inside the block."""
     stacks = {key: len(value) for key, value in floats.items() if value.dim() == 3}  # of experts that stay in float
-    tensors = {f"{name}.{key}": value for key, value in floats.items() if key not in stacks}
+    inside = _inside(name)
+    tensors = {f"{inside}{key}": value for key, value in floats.items() if key not in stacks}
     for key in stacks:
-        tensors |= {f"{name}.{own}": matrix for own, matrix in zip(_each(key, stacks[key]), floats[key], strict=True)}
+        tensors |= {f"{inside}{own}": matrix for own, matrix in zip(_each(key, stacks[key]), floats[key], strict=True)}
     sites = []
     for site in block.sites:
-        prefix = f"{name}.sites.{site.name}"
+        prefix = f"{inside}sites.{site.name}"
         entry: dict[str, Any] = {"name": site.name, "consumers": list(site.consumers)}
         if site.transform is not None:
             entry["transform"] = {"name": site.transform.name, **site.transform.settings()}
@@ -108,14 +113,14 @@ def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tens
             matrices = q.unstack() if len(q.shape) == 3 else [q]
             for own, matrix in zip(stored_paths(layer, q.shape), matrices, strict=True):
                 stored = pack_parts(matrix) if isinstance(matrix, Composite) else pack(matrix)
-                tensors |= {f"{name}.{own}.{key}": t for key, t in stored.items()}
+                tensors |= {f"{inside}{own}.{key}": t for key, t in stored.items()}
         sites.append(entry)
     description: dict[str, Any] = {"name": name, "sites": sites, **({"experts": stacks} if stacks else {})}
     if block.biases:
         description["biases"] = sorted(block.biases)
-        tensors |= {f"{name}.{path}.bias": bias for path, bias in block.biases.items()}
+        tensors |= {f"{inside}{path}.bias": bias for path, bias in block.biases.items()}
     if block.kv is not None:
-        kv, prefix = block.kv, f"{name}.kv"
+        kv, prefix = block.kv, f"{inside}kv"
         description["kv"] = {"attention": block.attention}
         for role, quantizer in (("key", kv.key), ("value", kv.value)):
             description["kv"][role] = _describe(quantizer)
@@ -125,6 +130,11 @@ def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tens
             description["kv"]["transform"] = {"name": kv.transform.name, **kv.transform.settings()}
             tensors |= {f"{prefix}.transform.{key}": t for key, t in kv.transform.state_dict().items()}
     _write_shard(path, tensors, description)
+
+
+def _inside(name: str) -> str:
+    """What the names of a shard's tensors begin with: the block's own; nothing in the shard of what is outside all blocks."""
+    return f"{name}." if name else ""
 
 
 def stored_paths(layer: str, shape: Sequence[int]) -> list[str]:
@@ -161,7 +171,8 @@ def read_block(path: Path) -> StoredBlock:
 
 
 def _block_of(description: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> StoredBlock:
-    prefix = description["name"] + "."
+    description = description or OUTSIDE
+    prefix = _inside(description["name"])
     tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     formats, sites, weights = instances("microbat.formats", BlockFormat), [], {}
     for key, num_experts in description.get("experts", {}).items():
@@ -202,7 +213,8 @@ def quantized_layers(path: Path) -> list[str]:
 
     with _reading(path), safe_open(path, framework="pt") as file:
         description = json.loads(file.metadata()["microbat"])
-    return [layer for entry in description["sites"] for layer in entry["weights"]]
+    description.pop("sha256", None)
+    return [layer for entry in (description or OUTSIDE)["sites"] for layer in entry["weights"]]
 
 
 PACKED = ("weight_packed", "weight", "weight_scale", "weight_global_scale", "weight_tensor_scale")
@@ -273,9 +285,9 @@ def is_quantizers(key: str) -> bool:
     return ".site." in key or ".kv." in key
 
 
-def write_other(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the shard of everything outside the blocks."""
-    _write_shard(path, tensors, {})
+def write_other(path: Path, tensors: dict[str, Tensor], outside: QuantBlock) -> None:
+    """Write the shard of everything outside the blocks: a block whose paths are full names."""
+    write_block(path, "", outside, tensors)
 
 
 def write_proof(path: Path, sample: dict[str, Tensor], outputs: Tensor) -> None:

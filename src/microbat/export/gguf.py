@@ -19,7 +19,7 @@ from torch import Tensor
 
 from microbat.export import folder as folders
 from microbat.export.compressed_tensors import codes_digest
-from microbat.export.folder import read_block, read_contract, read_shard
+from microbat.export.folder import read_block, read_contract
 from microbat.export.targets import reasons_against, target_of
 from microbat.formats.block import QTensor
 from microbat.formats.element import E8M0
@@ -50,7 +50,8 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
         raise ValueError(f"output file {out} exists; choose another or remove it")
     shards = [folder / folders.block_shard(index) for index in range(len(checkpoint.blocks))]
     family = checkpoint.family
-    if reasons := reasons_against(engine, contract, family, (read_block(shard).quantized for shard in shards)):
+    other = read_block(folder / folders.OTHER_SHARD)
+    if reasons := reasons_against(engine, contract, family, map(read_block, shards), other.quantized):
         raise ValueError(
             f"{folder} cannot be served by {engine.title} as it was calibrated:\n- " + "\n- ".join(reasons)
         )
@@ -72,7 +73,7 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
                 f"{name}.{key}",
                 tensor.to(torch.float32)[_row_order(key, tensor.shape[0], checkpoint)],
             )
-    for key, tensor in read_shard(folder / folders.OTHER_SHARD)[1].items():
+    for key, tensor in other.floats.items():
         _add(writer, checkpoint, key, tensor.to(torch.float32) if tensor.dim() == 1 else tensor)
     writer.add_string("microbat.codes", json.dumps(codes))
     writer.write_header_to_file()

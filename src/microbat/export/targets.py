@@ -7,9 +7,12 @@ it does not list it cannot serve. New engines are new constants here.
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from microbat.export.folder import StoredBlock
 from microbat.linear import QuantBlock, QuantSite
 from microbat.models.base import Family
 from microbat.quantizers.clip import Clip
@@ -27,12 +30,14 @@ class Target:
     """An engine's profile. ``engine``: its name in :mod:`microbat.engines`. ``layout``: what it reads. ``fuses``: it multiplies
     the layers that share an input at once, with one scheme and one tensor scale. ``towers``: it was tried with folders whose
     vision tower is quantized. ``serves``: (weights, activations) -> the
-    activations' scale rules, or the reason against the pair; empty where the layout is microbat's own, which has no limits."""
+    activations' scale rules, or the reason against the pair; empty where the layout is microbat's own, which has no limits.
+    ``experts``: the same where experts have these formats; None and None: they are in float."""
 
     name: str
     title: str
     engine: str
     serves: dict[tuple[str, str | None], Served]
+    experts: dict[tuple[str | None, str | None], Served] = field(default_factory=dict)
     fuses: bool = False
     towers: bool = False
     layout: str = LAYOUT
@@ -55,6 +60,18 @@ WITHOUT_ACTIVATIONS = (
     "up to Hopper, vLLM computes MX checkpoints with 16-bit activations; quantize with A16 (--scheme W4A16), "
     "or take --target vllm-blackwell"
 )
+KEEP = (
+    "keep the microbat folder, which microbat.load runs, transformers after `import microbat`, and vLLM where microbat is "
+    "installed (--target vllm-plugin)"
+)
+NO_EXPERTS = f"{{title}} has not been verified to compute them as calibrated; {KEEP}"
+IN_FLOAT = (None, None)
+# transformers 5.23 decodes experts when it loads them, whatever the checkpoint says of their activations.
+# vLLM's CompressedTensorsWNA16MoEMethod: Marlin and its like, integers times 16-bit activations, one scheme for all three layers.
+VLLM_EXPERTS: dict[tuple[str | None, str | None], Served] = dict.fromkeys(
+    [IN_FLOAT, ("int4", None), ("int8", None)], ANY_RULE
+)
+DECODED = f"transformers turns experts into floats and leaves their activations in 16 bits; quantize with A16 (W4A16), or {KEEP}"
 
 TRANSFORMERS = Target(
     name="transformers",
@@ -78,11 +95,35 @@ TRANSFORMERS = Target(
             "take --target vllm, which divides by 127, or quantize with A16 (W8A16:int8)"
         ),
     },
+    experts={
+        **dict.fromkeys([("mxfp4", None), ("mxfp6_e2m3", None), ("int4", None), ("int8", None)], ANY_RULE),
+        **dict.fromkeys(
+            [
+                ("mxfp4", "mxfp4"),
+                ("mxfp4", "mxfp8_e4m3"),
+                ("mxfp6_e2m3", "mxfp8_e4m3"),
+                ("mxfp8_e4m3", "mxfp8_e4m3"),
+            ],
+            DECODED,
+        ),
+        (
+            "mxfp8_e4m3",
+            None,
+        ): "transformers does not load experts in MXFP8: it takes the exponents of their scales for the "
+        "scales; quantize with W4A16 or W6A16",
+        (
+            "nvfp4",
+            None,
+        ): "transformers decodes experts in NVFP4 without their tensor scale; quantize with W4A16 (mxfp4)",
+        IN_FLOAT: "experts are in float: transformers does not load such experts beside layers of compressed-tensors; quantize "
+        "them too, or keep the microbat folder",
+    },
 )
 VLLM = Target(
     name="vllm",
     title="vLLM on every GPU",
     engine="vllm",
+    experts=VLLM_EXPERTS,
     fuses=True,
     serves=EVERY_GPU
     | dict.fromkeys([("mxfp4", None), ("mxfp4", "mxfp4"), ("mxfp8_e4m3", None), ("mxfp8_e4m3", "mxfp8_e4m3")], BY_GPU),
@@ -91,6 +132,7 @@ VLLM_HOPPER = Target(
     name="vllm-hopper",
     title="vLLM on Hopper and older GPUs",
     engine="vllm",
+    experts=VLLM_EXPERTS,
     fuses=True,
     serves=EVERY_GPU
     | {
@@ -105,6 +147,7 @@ VLLM_BLACKWELL = Target(
     name="vllm-blackwell",
     title="vLLM on Blackwell GPUs",
     engine="vllm",
+    experts=VLLM_EXPERTS,
     fuses=True,
     serves=EVERY_GPU
     | {
@@ -143,6 +186,11 @@ VLLM_CPU = Target(
     fuses=True,
     serves={("int4", None): ANY_RULE, ("int8", "int8"): ("absmax",)}
     | dict.fromkeys([("int8", None), ("mxfp4", None), ("mxfp4", "mxfp4"), ("mxfp8_e4m3", None)], NO_CPU_KERNEL),
+    experts={
+        IN_FLOAT: ANY_RULE,
+        ("int4", None): f"vLLM on CPUs multiplies experts in int4 by activations of 8 bits, where there is AMX; {KEEP}",
+        ("int8", "int8"): f"vLLM's kernel for experts in int8 on CPUs needs AMX and has not been run; {KEEP}",
+    },
 )
 VLLM_PLUGIN = Target(
     name="vllm-plugin", title="vLLM with microbat's plugin", engine="vllm", layout=AS_IT_IS, fuses=True, serves={}
@@ -151,12 +199,6 @@ TARGETS = {
     target.name: target
     for target in (TRANSFORMERS, VLLM, VLLM_HOPPER, VLLM_BLACKWELL, VLLM_CPU, VLLM_PLUGIN, LLAMA_CPP)
 }
-
-
-NO_EXPERTS = (
-    "no engine has been verified to compute them as calibrated; keep the microbat folder, which microbat.load runs, and "
-    "transformers after `import microbat`, or leave them in float with --ignore 're:experts'"
-)
 
 
 def target_of(name: str, layout: str) -> Target:
@@ -168,13 +210,15 @@ def target_of(name: str, layout: str) -> Target:
 
 
 def reasons_against(
-    target: Target, contract: dict[str, Any], family: Family, blocks: Iterable[QuantBlock]
+    target: Target, contract: dict[str, Any], family: Family, blocks: Iterable[StoredBlock], outside: QuantBlock
 ) -> list[str]:
-    """Why ``target`` would not compute what the folder of ``contract`` and ``blocks`` does, each with the way out; [] if
-    it would."""
-    reasons = [*tower_reasons(target, family), *format_reasons(target, contract)]
+    """Why ``target`` would not compute what the folder of ``contract``, ``blocks`` and the codes ``outside`` them does, each with
+    the way out; [] if it would."""
+    reasons = [*tower_reasons(target, family), *format_reasons(target, contract), *outside_reasons(target, outside)]
     found: Counter[str] = Counter()
-    for block in blocks:
+    for stored in blocks:
+        block = stored.quantized
+        found.update(_expert_reasons(target, contract, family, stored))
         for site in block.sites:
             found.update(_site_reasons(target, site, block))
         if block.biases:
@@ -198,6 +242,16 @@ def tower_reasons(target: Target, family: Family) -> list[str]:
         return []
     return [
         f"{family.name} models: {target.title} was not tried with them; microbat and --target transformers run them"
+    ]
+
+
+def outside_reasons(target: Target, outside: QuantBlock) -> list[str]:
+    """Those of layers outside the blocks."""
+    if not outside.weights:
+        return []
+    return [
+        f"{', '.join(outside.weights)}: {target.title} was not tried with quantized layers outside the blocks; microbat.load "
+        "runs them, and transformers after `import microbat`, or leave them in float (without --also)"
     ]
 
 
@@ -227,10 +281,28 @@ def _offers(target: Target) -> str:
     return f"the engine has {', '.join(pairs)}"
 
 
+def _expert_reasons(target: Target, contract: dict[str, Any], family: Family, stored: StoredBlock) -> list[str]:
+    inside = f"{family.experts}."
+    if not family.experts or not any(path.startswith(inside) for path in (*stored.quantized.weights, *stored.floats)):
+        return []
+    floats = [key.removesuffix(".weight") for key in stored.floats if key.startswith(inside)]
+    kept = [path for path in stored.quantized.weights if path.startswith(inside)]
+    if floats and kept:
+        return [
+            f"{', '.join(floats)} are in float, {', '.join(kept)} are not: engines take all layers of experts or none"
+        ]
+    apart = any("*" in layout.stored for layout in family.layouts)
+    if not apart:
+        fused = f"{family.name}'s checkpoints hold experts fused, for which {LAYOUT} has no place; {KEEP}"
+        return [fused] if kept else []
+    activations = contract["activations"]
+    pair = (contract["weights"]["format"], activations and activations["format"]) if kept else IN_FLOAT
+    served = target.experts.get(pair, f"experts: {NO_EXPERTS.format(title=target.title)}")
+    return [served] if isinstance(served, str) else []
+
+
 def _site_reasons(target: Target, site: QuantSite, block: QuantBlock) -> list[str]:
     reasons = []
-    if any(len(block.weights[path].shape) == 3 for path in site.consumers):
-        return [f"{', '.join(site.consumers)} are experts: {NO_EXPERTS}"]
     if site.transform is not None:
         reasons.append(
             f"transform {site.transform.name!r} before {', '.join(site.consumers)} runs online and would be dropped; "
@@ -250,8 +322,8 @@ def _site_reasons(target: Target, site: QuantSite, block: QuantBlock) -> list[st
         reasons.append(
             f"{', '.join(site.consumers)} hold several formats side by side, and so does their activation; the same way out"
         )
-    scales = {q.tensor_scale.item() for q in map(block.weights.get, site.consumers) if q and q.tensor_scale is not None}
-    if target.fuses and len(scales) > 1:
+    scales = [q.tensor_scale for q in map(block.weights.get, site.consumers) if q and q.tensor_scale is not None]
+    if target.fuses and any(not torch.equal(scale, scales[0]) for scale in scales):
         reasons.append(
             f"{', '.join(site.consumers)} have a tensor scale each: the engine fuses them and takes the largest; "
             "take --target vllm-plugin or transformers, or --scheme W4A16 (mxfp4)"

@@ -188,6 +188,9 @@ class Method(ABC):
     def check_width(self, width: int, scheme: Scheme) -> None:  # noqa: B027
         """Raise ValueError where it has none for a layer of ``width`` inputs; asked for each layer, before any work."""
 
+    def check_experts(self) -> None:  # noqa: B027
+        """Raise ValueError where it does nothing sensible to experts [E, N, K]; asked before any work."""
+
 
 class Preparer(Method):
     """Decides where and how to transform and clip; leaves the float function of the block as it was.
@@ -272,6 +275,19 @@ class Solver(Method):
     needs: ClassVar[frozenset[str]] = frozenset()
     weight_lr: ClassVar[float | None] = None
     takes_stacks: ClassVar[bool] = False
+
+    def check_experts(self) -> None:
+        missing = ", ".join(sorted(self.needs - {"hessian"}))
+        if not self.takes_stacks and missing:
+            raise ValueError(
+                f"{self.name} cannot round experts: it needs their {missing}. Choose gptq, or leave them in float with "
+                "--ignore 're:experts'"
+            )
+        if not self.takes_stacks and self.reorders:
+            raise ValueError(
+                f"{self.name} takes channels in an order of its own, and experts share one activation: leave their order with "
+                "--set order=natural"
+            )
 
     @property
     def reorders(self) -> bool:

@@ -80,6 +80,13 @@ class D2Quant(Corrector):
                 f"{scheme.activation.format.name}; choose W{scheme.weight.format.element.bits}A16, or gptq"
             )
 
+    def check_experts(self) -> None:
+        if self.dual or self.correct:
+            raise ValueError(
+                "d2quant's dual-scale quantizer and its correction are not made for experts: choose gptq, or its rotation alone "
+                "(--set dual=false --set correct=false --solver gptq), or leave experts in float with --ignore 're:experts'"
+            )
+
     def rotation(self, model: ModelData) -> Rotation | None:
         if not self.rotate:
             return None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from microbat.experts import Experts
 from microbat.models.attention import attention_function
-from microbat.models.layout import Layout, Source, sources
+from microbat.models.layout import Layout, Source, sources, stored_form
 from microbat.registry import instances
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -125,6 +125,10 @@ class Family(Stack):
     def stacks(self) -> tuple[Stack, ...]:
         """All blocks, in the order of execution."""
         return (*self.towers, self)
+
+    def stored_form(self, block: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a block by their names in it, as checkpoints of the family store them."""
+        return stored_form(block, self.layouts)
 
     def told(self, entries: dict[str, Any]) -> dict[str, Any]:
         """The ``entries`` of a config.json in the words of :attr:`same_as`."""
@@ -429,8 +433,9 @@ class Checkpoint:
         family = self.family
         self.load_into(model.get_submodule(family.norm), family.norm, dtype)
         head = model.get_submodule(family.head)
-        tied = f"{family.head}.weight" not in self.names
-        self.load_into(head, family.embedding if tied else family.head, dtype)
+        if isinstance(head, nn.Linear):  # else it has its codes already
+            tied = f"{family.head}.weight" not in self.names
+            self.load_into(head, family.embedding if tied else family.head, dtype)
 
 
 def _open(file: Path) -> Any:

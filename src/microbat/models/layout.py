@@ -15,8 +15,9 @@ from torch import Tensor
 class Layout:
     """A tensor of a block, ``held`` by the model under this name and ``stored`` under that, both inside the block.
 
-    A ``*`` in ``stored`` is an expert's number: one tensor [N, K] each, held as [E, N, K]. ``inputs``: the entry of the model's
-    config that is K, where the tensor may be stored with its last two axes exchanged; it is where its last is not that long.
+    A ``*`` in ``stored`` is an expert's number: one tensor [N, K] each, held as [E, N, K]; so is what engines store in place of
+    a weight (``weight_packed``, ``weight_scale``). ``inputs``: the entry of the model's config that is K, where the tensor may be
+    stored with its last two axes exchanged; it is where its last is not that long.
     ``half`` 0 or 1: the first or second half of the rows that are stored as one.
     """
 
@@ -32,6 +33,13 @@ class Layout:
             tensor = tensor.mT
         return tensor if self.half is None else tensor.chunk(2, dim=-2)[self.half]
 
+    @property
+    def pattern(self) -> str:
+        """A regular expression for the stored name; where there is one for each expert, for its number and what follows
+        ``weight`` as well."""
+        name = re.escape(self.stored)
+        return name if "*" not in self.stored else name.replace(r"\*", r"(?P<expert>\d+)") + r"(?P<tail>(_\w+)?)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -46,10 +54,8 @@ def sources(stored: Iterable[str], blocks: str, layouts: tuple[Layout, ...]) -> 
 
     ValueError where an expert between others is missing.
     """
-    patterns = [
-        (re.compile(re.escape(f"{blocks}.") + r"(\d+)\." + re.escape(layout.stored).replace(r"\*", r"(\d+)")), layout)
-        for layout in layouts
-    ]
+    inside = re.escape(f"{blocks}.")
+    patterns = [(re.compile(rf"{inside}(?P<block>\d+)\.{layout.pattern}"), layout) for layout in layouts]
     result: dict[str, Source] = {}
     found: dict[tuple[str, Layout], dict[int, str]] = {}
     for name in stored:
@@ -57,13 +63,33 @@ def sources(stored: Iterable[str], blocks: str, layouts: tuple[Layout, ...]) -> 
         if not matches:
             result[name] = Source(names=(name,))
         for match, layout in matches:
-            number = int(match[2]) if "*" in layout.stored else 0
-            found.setdefault((f"{blocks}.{match[1]}.{layout.held}", layout), {})[number] = name
+            part = {"expert": 0, "tail": "", **match.groupdict()}
+            held = f"{blocks}.{part['block']}.{layout.held}{part['tail']}"
+            found.setdefault((held, layout), {})[int(part["expert"])] = name
     for (held, layout), numbered in found.items():
         missing = next((n for n in range(1 + max(numbered)) if n not in numbered), None)
         if missing is not None:
             raise ValueError(f"the checkpoint lacks expert {missing} of {held} (stored as {layout.stored})")
         result[held] = Source(names=tuple(numbered[n] for n in sorted(numbered)), layout=layout)
+    return result
+
+
+def stored_form(block: Mapping[str, Tensor], layouts: tuple[Layout, ...]) -> dict[str, Tensor]:
+    """The tensors of a ``block``, by the names that the model holds them under, as a checkpoint stores them; the inverse of
+    :meth:`Layout.held_form`, with no axes exchanged."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in block.items():
+        layout = next((one for one in layouts if name.startswith(one.held)), None)
+        if layout is None:
+            result[name] = tensor
+        elif "*" in layout.stored:
+            tail = name.removeprefix(layout.held)
+            result |= {layout.stored.replace("*", str(e)) + tail: one for e, one in enumerate(tensor.unbind())}
+        elif layout.half is None:
+            result[layout.stored] = tensor
+        elif layout.half == 0:
+            halves = [block[one.held] for one in layouts if one.stored == layout.stored]
+            result[layout.stored] = torch.cat(halves, dim=-2)
     return result
 
 

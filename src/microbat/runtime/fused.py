@@ -1,20 +1,23 @@
-"""Linear layers that share an input as one, the way serving engines run them: q, k and v; gate and up.
+"""Linear layers that share an input as one, the way serving engines run them: q, k and v; gate and up; a block's experts.
 
 Their weights stay apart, with the scales that each was calibrated with; what they share, the transformed and quantized
 input, is computed once.
 """
 
-# Shapes: T tokens, K in, N out of all layers together, D lanes of a head.
+# Shapes: T tokens, K in, N out of all layers together, D lanes of a head, E experts.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from microbat.experts import ExpertLinear, Experts
 from microbat.export.folder import PACKED, StoredBlock
 from microbat.kv import KVQuantizer
-from microbat.linear import SiteInput
+from microbat.linear import QuantBlock, SiteInput, install
 from microbat.runtime.composite import packed_linear
 from microbat.transforms.base import Transform
 
@@ -53,6 +56,26 @@ def fuse(stored: StoredBlock, paths: Sequence[str], *, dtype: torch.dtype, biase
             linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}), assign=True)
             parts.append(linear.requires_grad_(False))
     return FusedLinear(parts)
+
+
+def experts(stored: StoredBlock, path: str, act_fn: nn.Module, num_chosen: int, *, dtype: torch.dtype) -> Experts:
+    """The experts at ``path`` of a block, ``num_chosen`` of them for each token: their layers packed where the block holds
+    their codes, else in floats of ``dtype``."""
+    inside = f"{path}."
+    weights = {key.removeprefix(inside): q for key, q in stored.quantized.weights.items() if key.startswith(inside)}
+    floats = {key.removeprefix(inside): w for key, w in stored.floats.items() if key.startswith(inside)}
+    shape = stored.quantized.shape(f"{path}.down_proj") if "down_proj" in weights else floats["down_proj.weight"].shape
+    with torch.device("meta"):
+        module = Experts(shape[0], num_chosen, shape[1], shape[2], act_fn)
+    for key, weight in floats.items():
+        module.set_submodule(key.removesuffix(".weight"), ExpertLinear.of(weight.to(dtype)))
+    sites = (
+        replace(site, consumers=tuple(consumer.removeprefix(inside) for consumer in site.consumers))
+        for site in stored.quantized.sites
+        if site.consumers[0].startswith(inside)
+    )
+    install(module, QuantBlock(sites=tuple(sites), weights=weights), partial(packed_linear, dtype=dtype))
+    return module
 
 
 class _Inverted(nn.Module):
@@ -104,10 +127,12 @@ def locate(prefix: str, blocks: str, fused: Mapping[str, Sequence[str]]) -> tupl
     return int(match[1]), tuple(f"{parent}.{part}".lstrip(".") for part in fused.get(name, (name,)))
 
 
-def not_floats(blocks: str, layers: Iterable[str], biased: Iterable[str] = ()) -> str:
+def not_floats(blocks: str, layers: Iterable[str], biased: Iterable[str] = (), modules: Iterable[str] = ()) -> str:
     """A regular expression for the stored tensors that an engine's own loader leaves to microbat: the weights of
-    ``layers``, given by their full names, biases that calibration gave to those of ``biased``, and what belongs to no layer."""
+    ``layers``, given by their full names, biases that calibration gave to those of ``biased``, all of ``modules``, and what
+    belongs to no layer."""
     given = "|".join(re.escape(layer) for layer in sorted(biased)) or "(?!)"
     weights = "|".join(re.escape(layer) for layer in sorted(layers)) or "(?!)"
-    others = rf"tokens|outputs|{re.escape(blocks)}\.\d+\.(?:sites|kv)\..*|(?:{given})\.bias"
+    whole = "|".join(re.escape(module) for module in sorted(modules)) or "(?!)"
+    others = rf"tokens|outputs|{re.escape(blocks)}\.\d+\.(?:sites|kv)\..*|(?:{given})\.bias|(?:{whole})\..*"
     return rf"^(?:{others}|(?:{weights})\.(?:\d+\.)?(?:{'|'.join(PACKED)}))$"

@@ -17,10 +17,9 @@ from microbat.export.folder import (
     is_quantizers,
     read_block,
     read_contract,
-    read_shard,
 )
 from microbat.kv import KVQuantizer
-from microbat.linear import Linear, QuantLinear, dequantized, install
+from microbat.linear import Linear, QuantBlock, QuantLinear, dequantized, install
 from microbat.models.base import Checkpoint
 from microbat.quantizers.residual import Residual
 from microbat.runtime.composite import packed_linear
@@ -42,17 +41,19 @@ def load(
     unpacked to codes of a byte each while it is read and checked, nothing to floats.
     Raises ValueError for a folder that is not ours, not finished, or damaged, and for an unknown or unfit backend.
     """
-    checkpoint, blocks = _read(Path(folder))
+    checkpoint, blocks, outside = _read(Path(folder))
     linear = partial(packed_linear, dtype=dtype, device=device, backend=backend)
-    model = assemble(checkpoint, blocks, linear, dtype=dtype, device=device)
+    model = assemble(checkpoint, blocks, linear, outside=outside, dtype=dtype, device=device)
     head = checkpoint.family.head
-    model.set_submodule(head, Head(model.get_submodule(head)))
+    if head not in outside.weights:
+        model.set_submodule(head, Head(model.get_submodule(head)))
     return model
 
 
 def load_dequantized(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The same model with its weights as floats on their grid, as calibration ran it: what to compare :func:`load` with."""
-    return assemble(*_read(Path(folder)), dtype=dtype)
+    checkpoint, blocks, outside = _read(Path(folder))
+    return assemble(checkpoint, blocks, outside=outside, dtype=dtype)
 
 
 def load_plain(folder: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> nn.Module:
@@ -61,7 +62,8 @@ def load_plain(folder: str | Path, *, dtype: torch.dtype, device: str | torch.de
     To be timed. Where a folder has transforms or scales online, it is not the calibrated model: that is
     :func:`load_dequantized`.
     """
-    model = assemble(*_read(Path(folder)), dtype=dtype, device=device)
+    checkpoint, blocks, outside = _read(Path(folder))
+    model = assemble(checkpoint, blocks, outside=outside, dtype=dtype, device=device)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             quantizer, weight = module.site.quantizer, module.weight
@@ -78,13 +80,14 @@ def load_plain(folder: str | Path, *, dtype: torch.dtype, device: str | torch.de
     return model
 
 
-def _read(folder: Path) -> tuple[Checkpoint, Iterable[StoredBlock]]:
+def _read(folder: Path) -> tuple[Checkpoint, Iterable[StoredBlock], QuantBlock]:
+    """The folder's checkpoint, its blocks, and the codes outside them."""
     read_contract(folder)
     checkpoint = Checkpoint(folder, index=INDEX)
     if not (folder / OTHER_SHARD).is_file():
         raise ValueError(f"{folder} lacks {OTHER_SHARD}")
-    read_shard(folder / OTHER_SHARD)  # an altered tensor shows here, with its name
-    return checkpoint, (read_block(folder / block_shard(i)) for i in range(len(checkpoint.blocks)))
+    outside = read_block(folder / OTHER_SHARD).quantized  # an altered tensor shows here, with its name
+    return checkpoint, (read_block(folder / block_shard(i)) for i in range(len(checkpoint.blocks))), outside
 
 
 def assemble(
@@ -92,15 +95,20 @@ def assemble(
     blocks: Iterable[StoredBlock],
     linear: Linear | None = None,
     *,
+    outside: QuantBlock | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """The model of ``blocks`` and of what ``checkpoint`` has beside them; ValueError where they do not fit its config.
+    """The model of ``blocks``, of the codes ``outside`` them and of what ``checkpoint`` has beside; ValueError where they do not
+    fit its config.
 
     ``linear`` makes a quantized layer of its site, codes and bias; None: one with a float weight of ``dtype``.
     """
     linear = linear or partial(dequantized, dtype=dtype)
     model = checkpoint.skeleton()
+    if outside is not None:
+        check_fit(model, StoredBlock(quantized=outside, floats={}), checkpoint.path / OTHER_SHARD)
+        install(model, outside, linear)
     for (_, name), stored in zip(checkpoint.blocks, blocks, strict=True):
         block = model.get_submodule(name)
         own = next((key for key in checkpoint.names if key.startswith(f"{name}.")), None)

@@ -21,7 +21,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from microbat.experts import ExpertLinear
 from microbat.export.folder import (
     INDEX,
+    OTHER_SHARD,
     QUANT_METHOD,
+    StoredBlock,
     block_shard,
     check_contract,
     check_fit,
@@ -67,19 +69,24 @@ class MicrobatQuantizer(HfQuantizer):
         family = family_of(model.config.model_type)
         hold_experts(model, family)
         self.blocks = block_names(family, model)
-        ours = []
+        ours = [self._await(model, layer, layer) for layer in quantized_layers(self.folder / OTHER_SHARD)]
         for index, name in enumerate(self.blocks):
             block = model.get_submodule(name)
             ours.append(re.escape(name) + r"\.(sites|kv)\.")
             experts = [path for path, module in block.named_modules() if isinstance(module, ExpertLinear)]
             for path in {*quantized_layers(self.folder / block_shard(index)), *experts}:
-                block.set_submodule(path, _Awaited(block.get_submodule(path)))
-                ours.append(re.escape(f"{name}.{path}.") + r"(\d+\.)?weight")
+                ours.append(self._await(block, path, f"{name}.{path}"))
             if experts:  # transformers joins what it takes for floats of experts
                 ours.append(re.escape(f"{name}.{family.experts}."))
             for path in given_biases(self.folder / block_shard(index)):
                 ours.append(re.escape(f"{name}.{path}.bias"))
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ours}
+
+    @staticmethod
+    def _await(module: nn.Module, path: str, name: str) -> str:
+        """Make a place for the layer at ``path`` of ``module``; what its tensors are called, of which transformers has none."""
+        module.set_submodule(path, _Awaited(module.get_submodule(path)))
+        return re.escape(f"{name}.") + r"(\d+\.)?weight"
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for index, name in enumerate(self.blocks):
@@ -92,6 +99,11 @@ class MicrobatQuantizer(HfQuantizer):
             for path in [path for path, module in block.named_modules() if isinstance(module, _Awaited)]:
                 block.set_submodule(path, ExpertLinear.of(stored.floats[f"{path}.weight"].to(place.dtype)))
             block.to(place.device)
+        shard = self.folder / OTHER_SHARD
+        if quantized_layers(shard):
+            outside = read_block(shard).quantized
+            check_fit(model, StoredBlock(quantized=outside, floats={}), shard)
+            install(model, outside, partial(packed_linear, dtype=place.dtype, device=place.device))
         return model.requires_grad_(False)
 
 

@@ -7,7 +7,8 @@ tensors that are no codes; afterwards each of its modules, which hold several of
 
 A quantized cache: keys (after their position encoding) and values are quantized before vLLM stores them in its own cache.
 
-To torch.compile a layer is one operator, known by the layer's name, as vLLM's own attention is.
+Experts: vLLM's router deals out tokens, microbat's :class:`~microbat.experts.Experts` compute, from their bits where they have
+codes. To torch.compile a layer, or a block's experts, is one operator, known by its name, as vLLM's own attention is.
 """
 
 import re
@@ -21,6 +22,9 @@ from vllm.config import CUDAGraphMode, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -49,7 +53,7 @@ from microbat.formats.block import BlockFormat
 from microbat.formats.scales import sees_tensor
 from microbat.models.base import family_of, resolve
 from microbat.registry import instances
-from microbat.runtime.fused import TokenCache, fuse, locate, not_floats
+from microbat.runtime.fused import TokenCache, experts, fuse, locate, not_floats
 
 logger = init_logger("vllm.microbat")
 
@@ -58,6 +62,7 @@ def register() -> None:
     """Tell vLLM about microbat folders; called by vLLM in each of its processes, any number of times."""
     if not hasattr(torch.ops.vllm, "microbat_linear"):
         direct_register_custom_op("microbat_linear", _linear, fake_impl=_linear_shape)
+        direct_register_custom_op("microbat_experts", _experts, fake_impl=_experts_shape)
         direct_register_custom_op("microbat_cache", _cache, fake_impl=_cache_shapes)
     register_quantization_config(QUANT_METHOD)(MicrobatConfig)
 
@@ -72,6 +77,7 @@ class MicrobatConfig(QuantizationConfig):
         self.folder, self.blocks = Path(), ""
         self.layers: list[frozenset[str]] = []  # of each block, the paths of those whose codes it holds
         self._mine: set[str] = set()
+        self._experts: set[str] = set()
         self._waiting: Counter[int] = Counter()
         self._read: dict[int, StoredBlock] = {}
 
@@ -100,19 +106,25 @@ class MicrobatConfig(QuantizationConfig):
         family = family_of(hf_config.model_type)
         if family.towers:
             raise ValueError(f"{family.name} folders were not tried in vLLM; AutoModelForImageTextToText loads them")
-        self.blocks = family.blocks
+        if outside := quantized_layers(self.folder / OTHER_SHARD):
+            raise ValueError(
+                f"{self.folder}: vLLM was not tried with quantized layers outside the blocks ({', '.join(outside)})"
+            )
+        self.family, self.blocks = family, family.blocks
         self.layers = [
             frozenset(quantized_layers(self.folder / block_shard(index)))
             for index in range(hf_config.num_hidden_layers)
         ]
-        if family.experts and any(path.startswith(family.experts) for paths in self.layers for path in paths):
-            raise ValueError(f"{self.folder} holds quantized experts, which vLLM does not run; microbat.load does")
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         self._check_config()
         found = locate(prefix, self.blocks, self.packed_modules_mapping)
         if isinstance(layer, Attention) and found and self.contract.get("kv_cache"):
             return CacheMethod(self, found[0])
+        if isinstance(layer, RoutedExperts) and found:
+            self._check_experts()
+            self._experts.add(f"{self.blocks}.{found[0]}.{self.family.experts}")
+            return ExpertMethod(layer.moe_config, self, found[0])
         if not isinstance(layer, LinearBase):
             return None
         if found is None or self.layers[found[0]].isdisjoint(found[1]):
@@ -143,15 +155,29 @@ class MicrobatConfig(QuantizationConfig):
                 activations["format"],
             )
 
+    def _check_experts(self) -> None:
+        """The same for a model with experts."""
+        config = get_current_vllm_config()
+        if config.parallel_config.enable_expert_parallel:
+            raise ValueError(
+                "microbat folders are served without --enable-expert-parallel: a layer's experts stay together"
+            )
+        if config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
+            raise ValueError(
+                "which experts have work is looked up on the host, not in CUDA graphs: serve with --enforce-eager"
+            )
+
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
-        """What vLLM's loader is not to place: all that is not a float tensor of a module of its own."""
+        """What vLLM's loader is not to place: all that is not a float tensor of a module of its own; what it calls otherwise."""
         read_shard(self.folder / OTHER_SHARD)  # an altered tensor shows here; those of blocks when they are read
         biased = [
             f"{self.blocks}.{index}.{path}"
             for index in range(len(self.layers))
             for path in given_biases(self.folder / block_shard(index))
         ]
-        return WeightsMapper(orig_to_new_regex={re.compile(not_floats(self.blocks, self._mine, biased)): None})
+        ours = re.compile(not_floats(self.blocks, self._mine, biased, self._experts))
+        renamed = {layout.held: layout.stored for layout in self.family.layouts if "*" not in layout.stored}
+        return WeightsMapper(orig_to_new_regex={ours: None}, orig_to_new_substr=renamed)
 
     def expect(self, index: int) -> None:
         """A module will ask for block ``index``."""
@@ -201,6 +227,54 @@ class LinearMethod(LinearMethodBase):
         return torch.ops.vllm.microbat_linear(x, self.width, _encode_layer_name(layer.prefix))
 
 
+class ExpertMethod(FusedMoEMethodBase):
+    """The experts of block ``index``, quantized or in float: vLLM's router deals tokens to :class:`microbat.experts.Experts`."""
+
+    def __init__(self, moe: FusedMoEConfig, config: MicrobatConfig, index: int):
+        super().__init__(moe)
+        self.config, self.index = config, index
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        if layer.activation != MoEActivation.SILU:
+            raise ValueError(
+                f"{layer.layer_name}: microbat has no experts with {layer.activation.value} for vLLM, silu alone"
+            )
+        self.shape = (num_experts, hidden_size, intermediate_size_per_partition)
+        self.dtype, self.device = params_dtype, torch.get_default_device()
+        self.config.expect(self.index)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        path = self.config.family.experts
+        own = experts(self.config.block(self.index), path, nn.SiLU(), self.moe.experts_per_token, dtype=self.dtype)
+        found = (own.num_experts, own.down_proj.out_features, own.down_proj.in_features)
+        if found != self.shape:
+            shard = self.config.folder / block_shard(self.index)
+            raise ValueError(f"shard {shard}: {path}.down_proj is {found}; config.json makes it {self.shape}")
+        layer.microbat = own.to(self.device)
+
+    def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
+        return None
+
+    def apply(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: nn.Module | None,
+        shared_experts_input: Tensor | None,
+    ) -> Tensor:
+        return torch.ops.vllm.microbat_experts(x, topk_ids, topk_weights, _encode_layer_name(layer.layer_name))
+
+
 class CacheMethod(BaseKVCacheMethod):
     """Attention whose keys and values are quantized before they are stored."""
 
@@ -242,6 +316,15 @@ def _linear(x: Tensor, width: int, layer_name: LayerNameType) -> Tensor:
 
 def _linear_shape(x: Tensor, width: int, layer_name: LayerNameType) -> Tensor:
     return x.new_empty(*x.shape[:-1], width)
+
+
+def _experts(x: Tensor, index: Tensor, weights: Tensor, layer_name: LayerNameType) -> Tensor:
+    runner = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+    return runner.routed_experts.microbat(x.contiguous(), index, weights)
+
+
+def _experts_shape(x: Tensor, index: Tensor, weights: Tensor, layer_name: LayerNameType) -> Tensor:
+    return torch.empty_like(x)
 
 
 def _cache(query: Tensor, key: Tensor, value: Tensor, layer_name: LayerNameType) -> tuple[Tensor, Tensor, Tensor]:
