@@ -105,6 +105,22 @@ def test_a_balanced_start_is_better_than_the_hadamard_matrix_before_any_training
         assert balanced[0].error < 0.9 * hadamard[0].error
 
 
+def test_a_factor_per_channel_takes_back_what_stands_out(tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny())
+    with torch.no_grad():
+        for layer in model.model.layers:  # the function stays, powers of two being exact
+            layer.input_layernorm.weight[::7] *= 32
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                projection.weight[:, ::7] /= 32
+    model.save_pretrained(tmp_path / "outliers")
+    _, without = quantize(tmp_path / "outliers", (BATQuant(epochs=5, channel_scale=0.0),), GPTQ())
+    blocks, factors = quantize(tmp_path / "outliers", (BATQuant(epochs=5),), GPTQ())
+    assert factors[0].error < 0.7 * without[0].error
+    assert all(site.transform.name == "gpk" for site in blocks[0].sites)  # folded: nothing more runs online
+
+
 def test_refining_keeps_the_codes_and_lowers_the_error(tiny):
     settings = {"epochs": 5, "transform": "full"}
     plain, before = quantize(tiny(), (BATQuant(**settings, refine_epochs=0),), GPTQ())
@@ -123,6 +139,8 @@ def test_every_block_format_works(tiny, scheme):
 
 
 def test_unknown_choices_are_refused():
+    with pytest.raises(ValueError, match=r"batquant.channel_scale=2.0 must be from 0 to 1"):
+        BATQuant(channel_scale=2.0)
     with pytest.raises(ValueError, match="g1=5"):
         BATQuant(g=32, g1=5)
     with pytest.raises(ValueError, match="init=balanced .* transform=full alone, not for 'gpk'"):

@@ -79,7 +79,7 @@ class BATQuant(Preparer):
     # Not in the paper: at last the whole model at once against the float model's logits, with the codes of the weights as they
     # are (LOG.md). It needs both models in memory; 0 trains block by block alone.
     distill_epochs: int = 2
-    distill_lr: float = 1e-3
+    distill_lr: float = 5e-4
 
     def __post_init__(self) -> None:
         for field in ("lr", "clip_lr", "refine_lr", "distill_lr"):
