@@ -53,7 +53,6 @@ Scope = Literal["block", "global"]  # whose extremes a clip takes a share of: a 
 class BATQuant(Preparer):
     name: ClassVar[str] = "batquant"
     summary: ClassVar[str] = "learned block-wise affine transforms and clipping"
-    default_solver: ClassVar[str] = "learned"
 
     transform: Kind = "gpk"
     g: int = 0  # transform block; 0: the format's (section 4.3.2: alignment is best)
@@ -259,7 +258,6 @@ class BATQuantPaper(BATQuant):
 
     name: ClassVar[str] = "batquant-paper"
     summary: ClassVar[str] = "BATQuant with the paper's own hyper-parameters"
-    default_solver: ClassVar[str] = "gptq"
     default_scale_rule: ClassVar[str] = "floor"
 
     transform: Kind = "gpk"
