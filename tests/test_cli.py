@@ -142,6 +142,7 @@ def test_bad_requests_for_answers_are_refused_before_any_model_is_loaded(tmp_pat
 def test_lists():
     assert "mxfp6_e3m2" in run("list", "formats")
     methods = run("list", "methods")
+    assert "--set clip_scope=block    block | global" in methods
     assert "batquant" in methods
     assert "--set damping=0.01" in methods
     assert "qwen3" in run("list", "families")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
@@ -560,8 +560,17 @@ def _list_methods() -> None:
         role = "solver" if issubclass(kind, Solver) else f"preparer, then {kind.default_solver}"  # type: ignore[attr-defined]
         console.print(f"[bold]{name}[/] ({role}): {kind.summary}", highlight=False)
         for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-            type_ = getattr(field.type, "__name__", None) or str(field.type).removeprefix("typing.")
-            console.print(f"    --set {field.name}={field.default}    {type_}", highlight=False, markup=False)
+            line = f"    --set {field.name}={field.default}    {_allowed(field.type)}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _allowed(kind: Any) -> str:
+    """What a hyper-parameter of this type may be: the names to choose from, or the type's."""
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    if get_args(kind):
+        return " | ".join(map(_allowed, get_args(kind)))
+    return "None" if kind is type(None) else kind.__name__
 
 
 def _list_families() -> None:
