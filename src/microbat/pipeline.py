@@ -5,21 +5,17 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import re
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from microbat import whole
+from microbat import account, whole
 from microbat.calibrate import coverage as calibration_coverage
 from microbat.calibrate import data as calibration_data
 from microbat.calibrate import pairs as image_pairs
@@ -33,20 +29,14 @@ from microbat.calibrate.stream import Sample
 from microbat.calibrate.workers import Workers
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
-from microbat.methods.base import Quant
 from microbat.models.base import Checkpoint, linear_layers, resolve
 from microbat.models.padding import padded
 from microbat.models.processor import Processor
-from microbat.quantizers.base import AbsMax
-from microbat.quantizers.clip import Clip
 from microbat.recipe import Recipe, describe, to_json
-from microbat.report.activations import activation_record
 from microbat.report.page import write_page
 from microbat.runtime.generate import generate as continuation
 from microbat.runtime.load import load as load_folder
-from microbat.scheme import Scheme
 
-PICTURED_LAYERS = 3  # worst activations that the report shows, beside the one that every run shows
 SELF_CALIBRATION = "calibration 'self' is text that the model writes (a file or a data set is not)"
 RUN_FILE, TOKENS_FILE = "run.json", "calibration.safetensors"
 
@@ -172,7 +162,7 @@ def run(
     keeper = _FolderKeeper(partial)
     ahead = crew and crew.ahead(keeper.has)
     with _progress(title or f"{recipe.method} {scheme.text}", len(job.checkpoint.blocks)) as progress:
-        records = _most_telling(calibrate(job, keeper, _picture, progress, ahead))
+        records = account.most_telling(calibrate(job, keeper, account.picture, progress, ahead))
     distilled = whole.distilled(job, _progress)
     checkpoint = job.checkpoint
     outside = rounded(checkpoint, scheme)
@@ -185,16 +175,16 @@ def run(
         "calibration_fingerprint": calibration.fingerprint,
         **({"calibration_skipped": list(calibration.skipped)} if calibration.skipped else {}),
         "precision": job.precision,
-        "versions": _versions(),
+        "versions": account.versions(),
     }
     others = sum(tensor.numel() for tensor in floats.values())
-    report = _report(recipe, job, records, outside, others, partial, made, time.perf_counter() - started)
+    report = account.report(recipe, job, records, outside, others, partial, made, time.perf_counter() - started)
     report["distillation"] = distilled
     folders.finish(
         partial,
         out,
         checkpoint,
-        _contract(scheme),
+        account.contract(scheme),
         {"recipe.json": made, "report.json": report},
         [
             partial / RUN_FILE,
@@ -320,7 +310,7 @@ class _FolderKeeper:
 
 def _open_partial(partial: Path, recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Make the folder for work in progress, or find that of the same recipe interrupted earlier."""
-    run = {"recipe": to_json(recipe), "versions": _versions()}
+    run = {"recipe": to_json(recipe), "versions": account.versions()}
     if partial.exists():
         file = partial / RUN_FILE
         if not file.is_file() or json.loads(file.read_text()) != run:
@@ -382,123 +372,6 @@ def _precision(name: str, device: torch.device) -> Precision:
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return "bfloat16" if fast else "float32"
     return "float32" if name == "float32" else "bfloat16"
-
-
-def _picture(layer: str, before: Tensor, after: Tensor, quantizer: Quant) -> dict[str, Any]:
-    """What the report shows of one activation, before and after its transform."""
-    inner = quantizer if isinstance(quantizer, AbsMax) else quantizer.inner
-    clipped = quantizer.clip(after) if isinstance(quantizer, Clip) else after
-    return activation_record(
-        layer,
-        before,
-        clipped,
-        inner.scales(before).product,
-        inner.scales(clipped).product,
-        inner.format.grid.tolist(),
-        inner.format.block_of(before.shape[-1]),
-    )
-
-
-def _contract(scheme: Scheme) -> dict[str, Any]:
-    def role(quantizer: Any) -> dict[str, str] | None:
-        if quantizer is None:
-            return None
-        exception = {} if quantizer.format.element.ties == "even" else {"rounding": "nearest, ties away from zero"}
-        return {"format": quantizer.format.name, "scale_rule": quantizer.rule, **exception}
-
-    return {
-        "scheme": scheme.text,
-        "weights": role(scheme.weight),
-        "activations": role(scheme.activation),
-        "kv_cache": role(scheme.cache),
-        "ignore": list(scheme.ignore),
-    }
-
-
-def _versions() -> dict[str, str]:
-    import safetensors
-    import transformers
-
-    return {
-        "microbat": version("microbat"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _report(
-    recipe: Recipe,
-    job: Job,
-    records: list[Record],
-    outside: QuantBlock,
-    others: int,
-    partial: Path,
-    made: dict[str, Any],
-    seconds: float,
-) -> dict[str, Any]:
-    """``outside`` are the codes outside the blocks, ``others`` how many numbers lie there in float."""
-    layers = [layer for record in records for layer in record.layers]
-    around = [
-        {"name": name, "shape": list(q.shape), "format": q.format.name, "bits": 8 * q.nbytes / math.prod(q.shape)}
-        for name, q in outside.weights.items()
-    ]
-    weights = sum(math.prod(layer["shape"]) for layer in (*layers, *around))
-    code_bytes = round(sum(layer["bits"] * math.prod(layer["shape"]) / 8 for layer in (*layers, *around)))
-    online_bytes = folders.online_bytes(partial)
-    total = sum(file.stat().st_size for file in partial.glob("microbat-*.safetensors"))
-    pictures = _worst(records)
-    pictures += [p for p in records[-1].activations[-1:] if p not in pictures]
-    role = {"weight": job.scheme.weight, "activation": job.scheme.activation, "kv_cache": job.scheme.cache}
-    return {
-        "microbat": made["versions"]["microbat"],
-        "model": recipe.model,
-        "family": job.checkpoint.family.name,
-        "scheme": recipe.scheme,
-        "method": recipe.method,
-        "solver": job.solver.name,
-        "recipe": made,
-        "formats": {k: q and {"name": q.format.name, "scale_rule": q.rule} for k, q in role.items()},
-        "bits_per_weight": 8 * (code_bytes + online_bytes) / weights,
-        "bytes": {
-            "quantized_layers": code_bytes,
-            "transforms": online_bytes,
-            "other": total - code_bytes - online_bytes,
-            "total": total,
-            "bf16_total": 2 * (weights + others),
-        },
-        "layers": layers,
-        "outside": around,
-        "blocks": [
-            {k: v for k, v in dataclasses.asdict(r).items() if k not in ("layers", "activations")} for r in records
-        ],
-        "activations": pictures,
-        "seconds": seconds,
-        "peak_memory_bytes": _peak_memory(),
-    }
-
-
-def _most_telling(records: Iterator[Record]) -> list[Record]:
-    """All records, with the pictures of the worst layers and of the last block alone: a model has many blocks."""
-    kept: list[Record] = []
-    for record in records:
-        worst = _worst(kept)
-        for earlier in kept:
-            earlier.activations = [picture for picture in earlier.activations if picture in worst]
-        kept.append(record)
-    return kept
-
-
-def _worst(records: list[Record]) -> list[dict[str, Any]]:
-    """The pictures of the layers whose outputs are furthest off."""
-    errors = {layer["name"]: layer["output_error"] for record in records for layer in record.layers}
-    pictures = (picture for record in records for picture in record.activations)
-    return sorted(pictures, key=lambda picture: -errors[picture["layer"]])[:PICTURED_LAYERS]
-
-
-def _peak_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextlib.contextmanager
