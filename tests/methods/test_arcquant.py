@@ -33,7 +33,9 @@ def outlying(T=300, K=512, seed=0):
     return x
 
 
-class Data:
+class Activations:
+    """A block's data as far as a preparer that only looks at activations asks for it."""
+
     def __init__(self, x):
         self.x = x
 
@@ -45,7 +47,7 @@ class Data:
 
 def prepared(x, **settings):
     plan = Plan(sites=[SitePlan(site=DECODER_SITES[3], transform=None, activation=NV, weights={"mlp.down_proj": NV})])
-    (site,) = ARCQuant(**settings).prepare(Data(x), plan, RTN()).sites
+    (site,) = ARCQuant(**settings).prepare(Activations(x), plan, RTN()).sites
     return site
 
 

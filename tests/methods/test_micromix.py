@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tests.methods.test_arcquant import Activations
 from typer.testing import CliRunner
 
 import microbat
@@ -38,20 +39,10 @@ def outlying(T=320, width=K, seed=0):
     return x
 
 
-class Data:
-    def __init__(self, x):
-        self.x = x
-
-    def watch(self, seen):
-        for see in seen.values():
-            for rows in self.x.split(64):
-                see(rows[None])
-
-
 def prepared(x, **settings):
     mx = AbsMax(format=MXFP4, rule="rceil")
     plan = Plan(sites=[SitePlan(site=DECODER_SITES[3], transform=None, activation=mx, weights={"mlp.down_proj": mx})])
-    return MicroMix(unit=32, **settings).prepare(Data(x), plan, RTN()).sites[0]
+    return MicroMix(unit=32, **settings).prepare(Activations(x), plan, RTN()).sites[0]
 
 
 @pytest.mark.parametrize(
