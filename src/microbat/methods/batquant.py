@@ -133,9 +133,7 @@ class BATQuant(Preparer):
         for site in plan.sites:
             linears = {path: data.block.get_submodule(path) for path in site.site.consumers}
             width = next(iter(linears.values())).in_features
-            if (
-                self.channel_scale and self.epochs and self.init != "balanced"
-            ):  # balanced blocks know their channels' sizes
+            if self.channel_scale and self.epochs and self.init != "balanced":  # which knows its channels' sizes
                 site.scale = channel_factor(data, site, self.channel_scale)
             site.transform = self._transform(width, _format(site), data, g=self.g)
             if self.clip and site.activation is not None:
