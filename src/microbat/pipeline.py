@@ -163,9 +163,9 @@ def run(
     ahead = crew and crew.ahead(keeper.has)
     with _progress(title or f"{recipe.method} {scheme.text}", len(job.checkpoint.blocks)) as progress:
         records = account.most_telling(calibrate(job, keeper, account.picture, progress, ahead))
-    distilled = whole.distilled(job, _progress)
     checkpoint = job.checkpoint
     outside = rounded(checkpoint, scheme)
+    distilled = whole.distilled(job, outside, _progress)
     beside = (name for name in checkpoint.names if not checkpoint.in_block(name))
     floats = {name: checkpoint.tensor(name) for name in beside if name.removesuffix(".weight") not in outside.weights}
     folders.write_other(partial / folders.OTHER_SHARD, floats, outside)

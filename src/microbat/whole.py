@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from microbat.calibrate.job import Job
-from microbat.calibrate.outside import rounded
 from microbat.export import folder as folders
+from microbat.linear import QuantBlock
 from microbat.methods.base import ModelData, Preparer, Student
 from microbat.models.base import Checkpoint
 from microbat.models.rotation import RotatedCheckpoint, Rotation
@@ -47,9 +47,10 @@ def rotated(job: Job, bar: Bar) -> Checkpoint:
     return RotatedCheckpoint(job.checkpoint, Rotation(**load_file(file)))
 
 
-def distilled(job: Job, bar: Bar) -> dict[str, Any]:
+def distilled(job: Job, outside: QuantBlock, bar: Bar) -> dict[str, Any]:
     """Train the whole quantized model as the method wants it: its shards are written anew beside the old ones, and take their
-    place when all are there. What the report says of it; nothing where no method does."""
+    place when all are there. ``outside`` are the codes outside the blocks. What the report says of it; nothing where no method
+    does."""
     distilling = [preparer for preparer in job.preparers if preparer.distills]
     if not distilling:
         return {}
@@ -58,17 +59,18 @@ def distilled(job: Job, bar: Bar) -> dict[str, Any]:
     renewed = [shard.with_name(f"distilled-{shard.name}") for shard in shards]
     if not marker.is_file():
         with bar(f"{distilling[0].name} distillation", 1) as progress:
-            record = _distill(job, distilling, shards, renewed, progress)
+            record = _distill(job, outside, distilling, shards, renewed, progress)
         folders.write_json(marker, record)
     for new, shard in zip(renewed, shards, strict=True):
         if new.is_file():
             os.replace(new, shard)
-    _prove(job, shards)
+    _prove(job, outside, shards)
     return json.loads(marker.read_text())
 
 
 def _distill(
     job: Job,
+    outside: QuantBlock,
     preparers: list[Preparer],
     shards: list[Path],
     renewed: list[Path],
@@ -79,7 +81,6 @@ def _distill(
     data = _data(job, progress)
     stored = [folders.read_block(shard) for shard in shards]
     stored = [dataclasses.replace(block, quantized=block.quantized.thawed()) for block in stored]
-    outside = rounded(job.checkpoint, job.scheme)
     network = assemble(job.checkpoint, stored, outside=outside, device=job.device)
     blocks = [block.quantized for block in stored]
     student = Student(
@@ -94,10 +95,10 @@ def _distill(
 
 
 @torch.no_grad()
-def _prove(job: Job, shards: list[Path]) -> None:
+def _prove(job: Job, outside: QuantBlock, shards: list[Path]) -> None:
     """Renew the proof of a model whose shards have changed: what its last block makes of the first sequence."""
     blocks = (folders.read_block(shard) for shard in shards)
-    model = assemble(job.checkpoint, blocks, outside=rounded(job.checkpoint, job.scheme), device=job.device)
+    model = assemble(job.checkpoint, blocks, outside=outside, device=job.device)
     outputs: list[Tensor] = []
     model.get_submodule(job.checkpoint.family.blocks)[-1].register_forward_hook(
         lambda _, inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
