@@ -298,7 +298,8 @@ def compare(
         Path | None, typer.Option(help="The folder to work in; microbat-compare/ and the suite's name when not given.")
     ] = None,
 ) -> None:
-    """Compare many methods, schemes and seeds on one model. An interrupted comparison goes on where it stopped.
+    """Compare many methods, schemes and seeds on one model. An interrupted comparison goes on where it stopped; the same command
+    beside one that runs, say with another GPU, takes its share of the cells.
 
     Example: `microbat compare --suite suites/small.yaml --quick`
     """

@@ -4,6 +4,7 @@ What is done is never done again, so that an interrupted comparison goes on. Its
 
     cells/<name>/        the checkpoint folder of each run, with numbers.json: what it was measured to be, and answers/
     tokens/              calibration tokens, one file for all runs on the same text
+    locks/               who works at what: several processes may share a comparison, say one for each GPU
     numbers.json         the float model's own, with its answers/
     comparison.json      the result, and the page of it: comparison.html
 """
@@ -24,9 +25,11 @@ from microbat.evaluation.spread import Estimate, estimate, indistinct, overlap
 from microbat.export.folder import write_json
 from microbat.recipe import describe, to_json
 from microbat.report.comparison import write_comparison
+from microbat.sharing import alone, share
 from microbat.suite import Cell, Suite
 
 NUMBERS = "numbers.json"
+AT_ONCE = 8  # cells measured together: the float model's pass is a ninth of the work
 QUALITY = ("perplexity", "ratio", "kl", "top1")
 COUNTS = ("unparsed", "truncated", "samples")  # of a benchmark's answers, over all runs
 
@@ -38,35 +41,52 @@ def compare(
 
     ``model``, ``calibration`` and ``text`` replace the suite's own, ``quick`` takes its quick form. Raises ValueError, before
     any work, for whatever is wrong with the suite, and for a folder that holds another comparison. A cell that fails on the
-    way, say because its training diverges, is recorded with the reason and does not stop the others.
+    way, say because its training diverges, is recorded with the reason and does not stop the others. Called by several
+    processes on one folder, they share the cells and return the same.
     """
     chosen = Suite.read(Path(suite), model=model, calibration=calibration, text=text, quick=quick)
     place = Path(out)
     tasks = _check(chosen, place)
     (place / "tokens").mkdir(parents=True, exist_ok=True)
-    _measure_tasks(chosen, tasks, chosen.model, place)  # the float model first: what is missing shows at once
-    failures: dict[str, str] = {}
-    cells = chosen.cells()
-    waiting = [cell for cell in cells if not _folder(place, cell).exists()]
-    for cell in waiting:
-        pipeline.write_tokens(cell.recipe, _tokens(place, cell))
-    for number, cell in enumerate(waiting, 1):
-        title = f"{number}/{len(waiting)} {cell.name}"
-        try:
-            pipeline.run(cell.recipe, _folder(place, cell), tokens=_tokens(place, cell), title=title)
-        except (ValueError, FloatingPointError) as error:
-            failures[cell.name] = str(error)
-    done = [cell for cell in cells if cell.name not in failures]
+    with alone(place / "locks", "comparison"):
+        _measure_tasks(chosen, tasks, chosen.model, place)  # the float model first: what is missing shows at once
+    failures = _make(place, chosen.cells())
+    done = [cell for cell in chosen.cells() if cell.name not in failures]
     if chosen.evaluation.text:
         _measure_quality(chosen, place, done)
-    for cell in done:
-        _measure_tasks(chosen, tasks, _folder(place, cell), _folder(place, cell))
+    _measure_answers(chosen, tasks, place, done)
     content = _content(chosen, place, failures)
-    write_json(place / "comparison.json", content)
-    write_comparison(
-        content, _pictures(chosen, place, done), _cases(chosen, tasks, place, done), place / "comparison.html"
-    )
+    with alone(place / "locks", "comparison"):
+        write_json(place / "comparison.json", content)
+        write_comparison(
+            content, _pictures(chosen, place, done), _cases(chosen, tasks, place, done), place / "comparison.html"
+        )
     return content
+
+
+def _make(place: Path, cells: Sequence[Cell]) -> dict[str, str]:
+    """Quantize the cells that are not there yet; why those failed that did, by name."""
+    failures: dict[str, str] = {}
+    by_name = {cell.name: cell for cell in cells}
+    missing = [name for name, cell in by_name.items() if not _folder(place, cell).exists()]
+    for name in missing:
+        with alone(place / "locks", "comparison"):
+            pipeline.write_tokens(by_name[name].recipe, _tokens(place, by_name[name]))
+
+    def work(names: list[str]) -> None:
+        for name in names:
+            cell = by_name[name]
+            title = f"{missing.index(name) + 1}/{len(missing)} {name}"
+            try:
+                pipeline.run(cell.recipe, _folder(place, cell), tokens=_tokens(place, cell), title=title)
+            except (ValueError, FloatingPointError) as error:
+                failures[name] = str(error)
+
+    def todo() -> list[str]:
+        return [name for name in missing if name not in failures and not _folder(place, by_name[name]).exists()]
+
+    share(place / "locks", todo, work)
+    return failures
 
 
 def _check(suite: Suite, place: Path) -> Tasks:
@@ -107,28 +127,55 @@ def _key(content: Any) -> str:
 
 
 def _measure_quality(suite: Suite, place: Path, cells: Sequence[Cell]) -> None:
-    """Perplexity and distance from the float model of what has not been measured yet, as many at once as memory holds:
-    they share one pass of the float model over the text."""
+    """Perplexity and distance from the float model of what has not been measured yet, as many at once as memory holds, up to
+    :data:`AT_ONCE`: they share one pass of the float model over the text."""
     on = {name: getattr(suite.evaluation, name) for name in ("text", "window", "windows")}
     protocol = {"model": suite.model, **on}
-    waiting = [cell for cell in cells if _kept(_folder(place, cell), "quality", protocol) is None]
-    if not waiting and _kept(place, "quality", protocol) is not None:
-        return
-    size = max(1, measure.held_together(suite.model) - 1)
-    for start in range(0, max(1, len(waiting)), size):
-        group = {cell.name: _folder(place, cell) for cell in waiting[start : start + size]}
-        result = measure.evaluate({"float": suite.model, **group}, **on)
+    folders = {cell.name: _folder(place, cell) for cell in cells}
+
+    def work(names: list[str]) -> None:
+        result = measure.evaluate({"float": suite.model, **{name: folders[name] for name in names}}, **on)
         rows = {row["name"]: row for row in result.pop("rows")}
-        for name, folder in group.items():
-            _keep(folder, "quality", protocol, rows[name])
-        _keep(place, "quality", protocol, {**result, **rows["float"]})
+        for name in names:
+            _keep(folders[name], "quality", protocol, rows[name])
+        with alone(place / "locks", "comparison"):
+            _keep(place, "quality", protocol, {**result, **rows["float"]})
+
+    def todo() -> list[str]:
+        return [name for name, folder in folders.items() if _kept(folder, "quality", protocol) is None]
+
+    share(place / "locks", todo, work, min(AT_ONCE, max(1, measure.held_together(suite.model) - 1)))
+    if _kept(place, "quality", protocol) is None:  # no cell was left to be measured beside it
+        work([])
+
+
+def _measure_answers(suite: Suite, tasks: Tasks, place: Path, cells: Sequence[Cell]) -> None:
+    """Benchmark scores of what has not been measured yet."""
+    folders = {cell.name: _folder(place, cell) for cell in cells}
+
+    def work(names: list[str]) -> None:
+        for name in names:
+            _measure_tasks(suite, tasks, folders[name], folders[name])
+
+    def todo() -> list[str]:
+        return [name for name, folder in folders.items() if not _has_tasks(suite, tasks, folder)]
+
+    share(place / "locks", todo, work)
 
 
 def _measure_tasks(suite: Suite, tasks: Tasks, model: str | Path, place: Path) -> None:
     """Benchmark scores of ``model``, kept in ``place``; its answers too, apart for each way of drawing them."""
-    protocol = {"model": suite.model, **tasks.protocol}
-    if tasks.names and _kept(place, "tasks", protocol) is None:
-        _keep(place, "tasks", protocol, measure.task_scores(model, tasks, answers=_answers(tasks, place)))
+    if not _has_tasks(suite, tasks, place):
+        scores = measure.task_scores(model, tasks, answers=_answers(tasks, place))
+        _keep(place, "tasks", _task_protocol(suite, tasks), scores)
+
+
+def _has_tasks(suite: Suite, tasks: Tasks, place: Path) -> bool:
+    return not tasks.names or _kept(place, "tasks", _task_protocol(suite, tasks)) is not None
+
+
+def _task_protocol(suite: Suite, tasks: Tasks) -> dict[str, Any]:
+    return {"model": suite.model, **tasks.protocol}
 
 
 def _answers(tasks: Tasks, place: Path) -> Path:
