@@ -13,7 +13,7 @@ from tests.report.browser import Elements, dump_dom
 
 from microbat.report import distributions, figures, write_page
 from microbat.report.page import render
-from microbat.report.sections import json_in_html
+from microbat.report.sections import json_in_html, layer_table
 from microbat.report.text import duration, fixed, number, percent, size
 from microbat.report.verdict import verdict
 

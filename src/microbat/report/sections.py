@@ -114,8 +114,8 @@ def activation_plots(records: list[dict], num_open: int = NUM_OPEN_LAYERS) -> st
 
 
 def layer_table(report: dict) -> str:
-    """All quantized layers in a table that sorts and filters."""
-    layers = report.get("layers") or []
+    """All quantized layers in a table that sorts and filters, those outside the blocks last."""
+    layers = [*(report.get("layers") or []), *(report.get("outside") or [])]
     if not layers:
         return ""
     heads = ("Name", "Shape", "Format", "Bits", "Weight error", "Output error", "Transform", "Parameters")
