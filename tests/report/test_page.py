@@ -42,6 +42,13 @@ def test_every_section_and_figure_is_there(report):
     assert len(rows) > len(report["layers"])
 
 
+def test_layers_outside_the_blocks_stand_in_the_table(report):
+    head = {"name": "lm_head", "shape": [64, 32], "format": "mxfp4", "bits": 4.25}
+    table = layer_table(report | {"outside": [head]})
+    assert table.count("<tr>") == layer_table(report).count("<tr>") + 1
+    assert "<td>lm_head</td>" in table
+
+
 @pytest.mark.parametrize(
     ("missing", "ids"),
     [
