@@ -126,13 +126,14 @@ def test_solving_a_stack_is_solving_each(format, module, batches, monkeypatch):
 
     solutions = solve_experts(GPTQ(), weights, quantizers, of)
     assert asked == [[0, 1, 2], [3]]
-    for path, quantizer in (("gate_proj", AbsMax(format=format)), ("up_proj", None)):
-        for expert, result in enumerate(solutions[path].weight.unstack()):
-            one = quantizer or Clip(AbsMax(format=format), ratios[expert])
-            alone = GPTQ().solve(weights[path][expert], one, Statistics(hessian=every[expert])).weight
-            assert isinstance(alone, QTensor)
-            assert torch.equal(result.codes, alone.codes)
-            assert torch.equal(result.dequantize(), alone.dequantize())
+    for expert, hessian in enumerate(every):
+        own = {"gate_proj": AbsMax(format=format), "up_proj": Clip(AbsMax(format=format), ratios[expert])}
+        alone = GPTQ().solve_site({p: w[expert] for p, w in weights.items()}, own, Statistics(hessian=hessian))
+        for path, solution in solutions.items():
+            result, expected = solution.weight.unstack()[expert], alone[path].weight
+            assert isinstance(expected, QTensor)
+            assert torch.equal(result.codes, expected.codes)
+            assert torch.equal(result.dequantize(), expected.dequantize())
 
 
 def test_round_to_nearest_takes_the_stack_as_it_is(module):

@@ -219,7 +219,6 @@ def test_the_export_says_where_it_comes_from(tiny, text_file, tmp_path):
         ("transformers", {"scheme": "W8A8:int8"}, ["127.5", "--target vllm"]),
         ("transformers", {"scheme": "W4A4:nvfp4"}, ["W4A16:nvfp4"]),
         ("transformers", {"scheme": "W8A16:mxint8"}, ["mxint8 weights", "the engine has"]),
-        ("vllm", {"scheme": "W4A16:nvfp4"}, ["tensor scale each", "--target vllm-plugin"]),
         ("vllm-cpu", {"scheme": "W8A16:int8"}, ["no kernel for it on CPUs", "W8A8:int8"]),
         (
             "transformers",
@@ -272,6 +271,7 @@ def test_what_an_engine_would_not_compute_is_refused(tiny, text_file, tmp_path, 
 @pytest.mark.parametrize(
     ("target", "options"),
     [
+        ("vllm", {"scheme": "W4A16:nvfp4"}),
         ("vllm", {"scheme": "W4A16:int4"}),
         ("vllm", {"scheme": "W8A8:int8"}),
         ("vllm-hopper", {"scheme": "W4A16"}),
@@ -284,6 +284,15 @@ def test_what_an_engine_would_not_compute_is_refused(tiny, text_file, tmp_path, 
 def test_what_vllm_computes_is_exported(tiny, text_file, tmp_path, target, options):
     folder = quantized(tiny, text_file, tmp_path / "q", **options)
     assert read_exported(export(folder, tmp_path / "ct", target=target)).target == target
+
+
+def test_layers_that_share_no_tensor_scale_are_not_fused(tiny, text_file, tmp_path, monkeypatch):
+    """Folders of earlier versions."""
+    monkeypatch.setattr("microbat.methods.base.together", lambda quantizers: None)
+    folder = quantized(tiny, text_file, tmp_path / "q", "W4A16:nvfp4")
+    with pytest.raises(ValueError, match=r"q_proj, .* have a tensor scale each, .*quantize again"):
+        export(folder, tmp_path / "ct", target="vllm")
+    assert export(folder, tmp_path / "ct", target="transformers").is_dir()
 
 
 def test_only_our_folders_are_exported(tiny, tmp_path):

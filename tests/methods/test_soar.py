@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-import microbat
-from microbat.export.compressed_tensors import export
 from microbat.formats.block import QTensor, split_blocks
 from microbat.formats.integer import INT4_GROUP, INT8_ROW
 from microbat.formats.microscaling import MXFP4, MXFP6_E2M3, MXFP8_E4M3, NVFP4
@@ -16,7 +14,6 @@ from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.quantizers.kernel import round_blocks
 from microbat.recipe import Recipe
-from microbat.verify import verify
 
 NV = AbsMax(format=NVFP4)
 
@@ -192,19 +189,6 @@ def test_projections_of_one_activation_share_the_tensor_scale():
     assert torch.equal(shared["q"].weight.tensor_scale, shared["k"].weight.tensor_scale)
     together = SOAR().solve(torch.cat(list(weights.values())), NV, None).weight
     assert torch.equal(torch.cat([shared[p].weight.dequantize() for p in weights]), together.dequantize())
-    apart = SOAR(shared=False).solve_site(weights, quantizers, None)
-    assert not torch.equal(apart["q"].weight.tensor_scale, apart["k"].weight.tensor_scale)
-
-
-def test_a_folder_whose_projections_share_a_scale_is_served_fused(tiny, text_file, tmp_path):
-    options = {"scheme": "W4A16:nvfp4", "calibration": str(text_file), "precision": "float32"}
-    sizes = {"num_calibration_samples": 4, "max_seq_length": 16}
-    for method, settings in (("rtn", {}), ("soar", {"rounding": "gptq"})):
-        microbat.quantize(tiny(), out=tmp_path / method, method=method, settings=settings, **options, **sizes)
-    with pytest.raises(ValueError, match="have a tensor scale each"):
-        export(tmp_path / "rtn", tmp_path / "no", target="vllm")
-    export(tmp_path / "soar", tmp_path / "yes", target="vllm")
-    assert verify(tmp_path / "soar").passed
 
 
 def test_gptq_with_scales_in_turn():

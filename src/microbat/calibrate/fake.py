@@ -11,26 +11,49 @@ from torch import Tensor, nn
 
 from microbat.experts import Routed, linear
 from microbat.linear import QuantLinear, SiteInput
-from microbat.methods.base import Plan, Quant
+from microbat.methods.base import Plan, SitePlan, together
+from microbat.quantizers.clip import clipped
 from microbat.quantizers.residual import facing
 from microbat.transforms.base import Transform
 
 
-class FakeLinear(nn.Module):
-    """A linear layer, or experts, that transforms, clips and quantizes its float weight at every call."""
+class FakeWeights:
+    """The float weights that read one activation, transformed, clipped and quantized anew for every pass through the block, as
+    ``Solver.solve_site`` will: those that share a tensor scale as one. Layers ask one after the other; the work is done for the
+    first."""
 
-    def __init__(self, site: SiteInput, weight: Tensor, bias: Tensor | None, quantizer: Quant):
+    def __init__(self, plan: SitePlan, weights: dict[str, Tensor]):
+        self.plan = plan
+        self.weights = {path: weights[path] for path in plan.weights}
+        self._made: dict[str, Tensor] = {}
+
+    def __call__(self, path: str) -> Tensor:
+        if path not in self._made:
+            self._made = self._make()
+        return self._made.pop(path)
+
+    def _make(self) -> dict[str, Tensor]:
+        quantizers, inner = self.plan.weights, together(self.plan.weights)
+        device = next(iter(self.weights.values())).device
+        with torch.autocast(device.type, enabled=False):
+            mapped = {path: transformed(weight, self.plan.transform) for path, weight in self.weights.items()}
+        if inner is None:
+            return {path: quantizers[path].fake(weight) for path, weight in mapped.items()}
+        whole = inner.fake(torch.cat([clipped(quantizers[path], weight) for path, weight in mapped.items()], dim=-2))
+        return dict(zip(mapped, whole.split([weight.shape[-2] for weight in mapped.values()], dim=-2), strict=True))
+
+
+class FakeLinear(nn.Module):
+    """A linear layer, or experts, that asks ``weights`` for its own at every call."""
+
+    def __init__(self, site: SiteInput, weights: FakeWeights, path: str, bias: Tensor | None):
         super().__init__()
-        self.site, self.quantizer = site, quantizer
-        self.float_weight = weight
+        self.site, self.weights, self.path = site, weights, path
         self.bias = bias
 
     def forward(self, x: Tensor, routed: Routed | None = None) -> Tensor:
         x = self.site(x)
-        with torch.autocast(x.device.type, enabled=False):
-            weight = transformed(self.float_weight, self.site.transform)
-        weight = facing(self.site.quantizer, self.quantizer.fake(weight))
-        return linear(x, weight, self.bias, routed)
+        return linear(x, facing(self.site.quantizer, self.weights(self.path)), self.bias, routed)
 
 
 class Scaled(nn.Module):
@@ -69,11 +92,12 @@ def faked(block: nn.Module, plan: Plan, weights: dict[str, Tensor], rounded: boo
     weights, biases = plan.folded(weights, biases)
     for site in plan.sites:
         site_input = SiteInput(site.transform, site.activation, num_consumers=len(site.weights))
-        for path, quantizer in site.weights.items():
-            if rounded:
+        own = None if rounded else FakeWeights(site, weights)
+        for path in site.weights:
+            if own is None:
                 layer = QuantLinear(site_input, weights[path], biases[path])
             else:
-                layer = FakeLinear(site_input, weights[path], biases[path], quantizer)
+                layer = FakeLinear(site_input, own, path, biases[path])
             block.set_submodule(path, layer)
     for site in plan.sites:
         producer = site.site.producer

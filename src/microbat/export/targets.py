@@ -325,7 +325,7 @@ def _site_reasons(target: Target, site: QuantSite, block: QuantBlock) -> list[st
     scales = [q.tensor_scale for q in map(block.weights.get, site.consumers) if q and q.tensor_scale is not None]
     if target.fuses and any(not torch.equal(scale, scales[0]) for scale in scales):
         reasons.append(
-            f"{', '.join(site.consumers)} have a tensor scale each: the engine fuses them and takes the largest; "
-            "take --target vllm-plugin or transformers, or --scheme W4A16 (mxfp4)"
+            f"{', '.join(site.consumers)} have a tensor scale each, as earlier versions of microbat gave them: the engine fuses "
+            "them and takes the largest; quantize again, which gives them one, or take --target vllm-plugin or transformers"
         )
     return reasons

@@ -226,6 +226,17 @@ class QTensor:
             for index in range(len(self.codes))
         ]
 
+    def split_rows(self, rows: Sequence[int]) -> list["QTensor"]:
+        """Parts of a weight [..., N, K] with so many ``rows`` each, in memory of their own, all under its tensor scale."""
+        axis = self.codes.dim() - 2
+        parts: list[dict[str, Tensor]] = [{} for _ in rows]
+        for name in ("codes", "scales", "inner", "terms"):
+            whole = getattr(self, name)
+            for part, own in zip(parts, () if whole is None else whole.split(tuple(rows), axis), strict=False):
+                part[name] = own.clone()
+        outer = self.tensor_scale
+        return [replace(self, **part, tensor_scale=None if outer is None else outer.clone()) for part in parts]
+
     def dequantize(self) -> Tensor:
         """float32 [..., K]: code value times its scale (a block scale meets its tensor scale first)."""
         scale = self.scales if self.tensor_scale is None else self.scales * self.tensor_scale

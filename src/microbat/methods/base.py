@@ -8,7 +8,7 @@ new :class:`Preparer` or :class:`Solver` is found because it is there.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from microbat.kv import KVQuantizer
 from microbat.models.base import Checkpoint, Site
 from microbat.models.rotation import Rotation
 from microbat.quantizers.base import AbsMax
-from microbat.quantizers.clip import Clip
+from microbat.quantizers.clip import Clip, clipped, rounding
 from microbat.quantizers.dual import DualScale
 from microbat.quantizers.mixed import Mixed
 from microbat.quantizers.residual import Residual
@@ -301,5 +301,26 @@ class Solver(Method):
     def solve_site(
         self, weights: dict[str, Tensor], quantizers: dict[str, Quant], statistics: Statistics | None
     ) -> dict[str, Solution]:
-        """Codes of all the weights that read one activation, by path; for solvers that decide something for them together."""
-        return {path: self.solve(weight, quantizers[path], statistics) for path, weight in weights.items()}
+        """Codes of all the weights that read one activation, by path.
+
+        In a format with a tensor scale they are one weight of more rows, each clipped as its quantizer says, and so share it:
+        engines multiply them at once. Solvers that decide more for them together do so here.
+        """
+        inner = together(quantizers)
+        if inner is None:
+            return {path: self.solve(weight, quantizers[path], statistics) for path, weight in weights.items()}
+        stack = [clipped(quantizers[path], weight) for path, weight in weights.items()]
+        whole = self.solve(torch.cat(stack, dim=-2), inner, statistics)
+        assert isinstance(whole.weight, QTensor)
+        parts = whole.weight.split_rows([weight.shape[-2] for weight in stack])
+        return {
+            path: replace(whole, weight=part, notes=dict(whole.notes))
+            for path, part in zip(weights, parts, strict=True)
+        }
+
+
+def together(quantizers: dict[str, Quant]) -> AbsMax | None:
+    """What rounds the weights that read one activation as one, their clips aside; None where each is rounded by itself."""
+    inner = rounding(next(iter(quantizers.values())))
+    shares = len(quantizers) > 1 and isinstance(inner, AbsMax) and inner.format.has_tensor_scale
+    return inner if shares else None

@@ -31,8 +31,8 @@ all later columns have made up for them (U: methods.gptq): a third of the error 
 channels differ much (LOG.md). ``gptq-fixed`` keeps the scales found on the original weight, which saturate what feedback adds
 to it. Rounding is separable in both, so b has no part. At the end (2) once more with the whole H.
 
-The projections that read one activation share a (``shared``), with the sums of (2) over all of them: what engines that
-fuse them need. Formats without a tensor scale (MXFP4) have a = 1 and the search alone.
+The projections that read one activation share a (``Solver.solve_site``), with the sums of (2) over all of them. Formats
+without a tensor scale (MXFP4) have a = 1 and the search alone.
 
 No code of the authors is public. The order within a round, what b multiplies (here the stored candidate) and whether a
 belongs to a tensor or a row are open in what is; a blog's (2) with a for D on its right side is a slip.
@@ -72,7 +72,6 @@ class SOAR(Solver):
     betas: int = 101  # values of b from 0.5 to 1.5, metric=hessian only
     rounding: Literal["nearest", "gptq", "gptq-fixed"] = "nearest"
     damping: float = 0.01  # of the mean diagonal of H
-    shared: bool = True  # one tensor scale for the projections that read one activation
 
     def __post_init__(self) -> None:
         if self.rounds < 0:
@@ -116,30 +115,6 @@ class SOAR(Solver):
         chosen = Chosen(outer=fit.outer, block=in_turn)
         rounded = GPTQ(damping=self.damping).solve_under(chosen, weight, inner, statistics)
         return Solution(weight=_refit(rounded.weight, weight, statistics), notes={**notes, **rounded.notes})
-
-    def solve_site(
-        self, weights: dict[str, Tensor], quantizers: dict[str, Quant], statistics: Statistics | None
-    ) -> dict[str, Solution]:
-        """Weights that share a tensor scale are one weight of more rows."""
-        inner = {rounding(q) for q in quantizers.values()}
-        if not self.shared or len(inner) > 1 or not next(iter(inner)).format.has_tensor_scale:
-            return super().solve_site(weights, quantizers, statistics)
-        stack = [clipped(q, weights[path]) for path, q in quantizers.items()]
-        together = self.solve(torch.cat(stack), inner.pop(), statistics)
-        sizes, q = [len(weight) for weight in stack], together.weight
-        parts = zip(quantizers, q.codes.split(sizes), q.scales.split(sizes), strict=True)
-        return {
-            path: Solution(
-                weight=QTensor(
-                    format=q.format,
-                    codes=codes,
-                    scales=scales,
-                    tensor_scale=None if q.tensor_scale is None else q.tensor_scale.clone(),
-                ),
-                notes=dict(together.notes),
-            )
-            for path, codes, scales in parts
-        }
 
     def _run(self, fit: "_Fit", *, joint: bool = True) -> int:
         """Rounds of (2), where ``joint``, (3) and (4); how many there were."""
