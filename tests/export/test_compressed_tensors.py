@@ -36,6 +36,8 @@ PAIRS = [
     ("mxfp8_e4m3", "mxfp8_e4m3"),
     ("nvfp4", None),
     ("int4", None),
+    ("int4_row", None),
+    ("int4_row", "int8"),
     ("int8", None),
     ("int8", "int8"),
 ]
@@ -114,6 +116,7 @@ def quantized(tiny, text_file, out, scheme, family="llama", **options):
         ("llama", "W4A16", "rtn", 1e-5),
         ("llama", "W4A16:nvfp4", "rtn", 1e-2),  # dividing by the stored reciprocal may round another way
         ("llama", "W4A16:int4", "rtn", 1e-5),
+        ("qwen3", "W4A16:int4_row", "gptq", 1e-5),
         ("llama", "W8A16:int8", "rtn", 1e-5),
     ],
 )
@@ -138,7 +141,13 @@ EXPERTS = {
 @needs_theirs
 @pytest.mark.parametrize(
     ("family", "scheme"),
-    [("qwen3_moe", "W4A16"), ("mixtral", "W4A16:int4"), ("qwen3_moe", "W8A16:int8"), ("mixtral", "W6A16")],
+    [
+        ("qwen3_moe", "W4A16"),
+        ("mixtral", "W4A16:int4"),
+        ("qwen3_moe", "W8A16:int8"),
+        ("mixtral", "W4A16:int4_row"),
+        ("mixtral", "W6A16"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_experts_are_stored_one_by_one_and_run(tiny, text_file, tmp_path, family, scheme):
@@ -217,6 +226,8 @@ def test_the_export_says_where_it_comes_from(tiny, text_file, tmp_path):
         ("transformers", {"scheme": "W4A4", "scale_rule": "floor"}, ["scale rule 'floor'", "--scale-rule even"]),
         ("transformers", {"scheme": "W4A4KV8", "family": "qwen3"}, ["the cache in mxfp8_e4m3", "KV16"]),
         ("transformers", {"scheme": "W8A8:int8"}, ["127.5", "--target vllm"]),
+        ("transformers", {"scheme": "W4A8:int4_row,int8"}, ["127.5", "--target vllm", "W4A16:int4_row"]),
+        ("vllm", {"scheme": "W4A8:int4,int8"}, ["groups of 32", "W4A8:int4_row,int8"]),
         ("transformers", {"scheme": "W4A4:nvfp4"}, ["W4A16:nvfp4"]),
         ("transformers", {"scheme": "W8A16:mxint8"}, ["mxint8 weights", "the engine has"]),
         ("vllm-cpu", {"scheme": "W8A16:int8"}, ["no kernel for it on CPUs", "W8A8:int8"]),
@@ -245,7 +256,7 @@ def test_the_export_says_where_it_comes_from(tiny, text_file, tmp_path):
         ("vllm", {"scheme": "W8A8:int8", "family": "qwen3_moe"}, ["vLLM on every GPU has not been verified"]),
         ("vllm-cpu", {"scheme": "W4A16:int4", "family": "qwen3_moe"}, ["by activations of 8 bits, where there is AMX"]),
         ("vllm-cpu", {"scheme": "W4A4"}, ["no kernel for it on CPUs", "--target vllm-plugin"]),
-        ("vllm-cpu", {"scheme": "W4A8"}, ["mxfp4 weights with mxfp8_e4m3", "int4 and 16 bits, int8 and int8"]),
+        ("vllm-cpu", {"scheme": "W4A8"}, ["mxfp4 weights with mxfp8_e4m3", "int4_row and int8, int8 and int8"]),
         (
             "vllm",
             {"scheme": "W4A16:int4", "ignore": ("re:0.*k_proj$",)},
@@ -277,6 +288,7 @@ def test_what_an_engine_would_not_compute_is_refused(tiny, text_file, tmp_path, 
         ("vllm-hopper", {"scheme": "W4A16"}),
         ("vllm-blackwell", {"scheme": "W4A4", "scale_rule": "rceil"}),
         ("vllm-cpu", {"scheme": "W8A8:int8"}),
+        ("vllm-cpu", {"scheme": "W4A8:int4_row,int8"}),
         ("vllm", {"scheme": "W4A16:int4", "family": "mixtral"}),
         ("vllm-hopper", {"scheme": "W8A16:int8", "family": "qwen3_moe"}),
     ],

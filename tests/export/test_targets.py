@@ -20,8 +20,16 @@ def test_w8a8_is_served_under_absmax_alone(target):
     assert "computes 'absmax'; quantize with --scale-rule absmax" in reason
 
 
-@pytest.mark.parametrize("weights", ["int4", "int4_row"])
-@pytest.mark.parametrize("target", ["transformers", "vllm", "vllm-cpu"])
-def test_w4a8_is_not_served(target, weights):
-    (reason,) = reasons(target, weights)
-    assert reason.startswith(f"{weights} weights with int8 activations: the engine has ")
+@pytest.mark.parametrize("target", ["vllm", "vllm-hopper", "vllm-blackwell", "vllm-cpu"])
+def test_w4a8_is_served_with_a_scale_for_each_row(target):
+    """As W8A8, whose codes hold those of 4 bits."""
+    assert reasons(target, "int4_row") == []
+    (reason,) = reasons(target, "int4")
+    assert "groups of 32" in reason
+    assert "--scheme W4A8:int4_row,int8" in reason
+
+
+@pytest.mark.parametrize("weights", ["int4", "int4_row", "int8"])
+def test_transformers_scales_int8_tokens_otherwise(weights):
+    (reason,) = reasons("transformers", weights)
+    assert "127.5" in reason

@@ -206,7 +206,7 @@ def test_an_altered_folder_is_refused(everything, tmp_path):
     assert "microbat-block-001.safetensors: tensor" in refused(copy, tmp_path / "log")
 
 
-@pytest.mark.parametrize("scheme", ["W8A8:int8", "W4A16:int4"])
+@pytest.mark.parametrize("scheme", ["W8A8:int8", "W4A16:int4", "W4A16:int4_row", "W4A8:int4_row,int8"])
 def test_what_stock_vllm_serves_from_an_export(made, tmp_path, scheme):
     export = compressed_tensors.export(made("llama", "gptq", scheme), tmp_path / "ct", target="vllm-cpu")
     verdict = verify(export, engine="vllm")

@@ -11,9 +11,11 @@ mxfp6_e2m3          mxfp6-pack-quantized        P.weight_packed uint8 [N, 3K/4],
 mxfp8_e4m3          mxfp8-quantized             P.weight float8_e4m3fn [N, K], P.weight_scale uint8 [N, K/32]
 nvfp4               nvfp4-pack-quantized        P.weight_packed uint8 [N, K/2], P.weight_scale float8_e4m3fn [N, K/16],
                                                 P.weight_global_scale float32 [1], the reciprocal of our tensor scale
-int4, int8          pack-quantized              P.weight_packed int32 [N, K bits/32] of code + 2^(bits-1), first lowest;
-                                                P.weight_scale [N, K/32] or [N, 1], P.weight_shape int64 [2]
-int8, int8 inputs   int-quantized               P.weight int8 [N, K], P.weight_scale float32 [N, 1]
+int4                pack-quantized              P.weight_packed int32 [N, K bits/32] of code + 2^(bits-1), first lowest;
+                                                P.weight_scale bfloat16 [N, K/32], P.weight_shape int64 [2]
+int4_row, int8      pack-quantized              the same, P.weight_scale float32 [N, 1]: strategy "channel"
+the same two,       int-quantized               P.weight int8 [N, K], a byte a code, P.weight_scale float32 [N, 1]; both say
+int8 inputs                                     num_bits 8, for which engines have a product of integers
 ==================  ==========================  =====================================================================
 
 Which of these an engine computes as calibrated is :mod:`microbat.export.targets`'s to say.
@@ -49,7 +51,7 @@ from microbat.registry import instances, pick
 
 PROVENANCE = "microbat.json"
 SCHEMA = "0.17.0"  # the oldest version of compressed-tensors that reads what is written here
-INTEGERS = ("int4", "int8")
+INTEGERS = ("int4", "int4_row", "int8")
 TENSORS = ("weight", "weight_packed", "weight_scale", "weight_global_scale", "weight_shape")
 NEGATIVE_ZERO = 0b1000  # of E2M1
 SCALE_DTYPES = {E8M0: "torch.uint8", E4M3: "torch.float8_e4m3fn"}  # others: the model's own
@@ -59,6 +61,7 @@ FORMATS = {
     "mxfp8_e4m3": "mxfp8-quantized",
     "nvfp4": "nvfp4-pack-quantized",
     "int4": "pack-quantized",
+    "int4_row": "pack-quantized",
     "int8": "pack-quantized",
 }
 
@@ -206,10 +209,13 @@ def to_tensors(q: QTensor, *, quantized_inputs: bool) -> dict[str, Tensor]:
         each = [to_tensors(one, quantized_inputs=quantized_inputs) for one in q.unstack()]
         return {key: torch.stack([tensors[key] for tensors in each]) for key in each[0]}
     tensors = pack(dataclasses.replace(q, codes=_codes(q)))
-    if q.format.name not in INTEGERS or quantized_inputs:
+    if q.format.name not in INTEGERS:
         return {key: tensor for key, tensor in tensors.items() if key != "weight_tensor_scale"}
     bits = q.format.element.bits
     shifted = q.codes ^ (1 << (bits - 1))  # two's complement to code + 2^(bits-1)
+    if quantized_inputs:
+        codes = (shifted.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+        return {"weight": codes, "weight_scale": tensors["weight_scale"]}
     packed = shifted if bits == 8 else pack_bits(shifted, bits)
     packed = nn.functional.pad(packed, (0, -packed.shape[-1] % 4)).contiguous().view(torch.int32)
     return {
@@ -226,10 +232,13 @@ def from_tensors(tensors: dict[str, Tensor], format: BlockFormat, *, quantized_i
     if stored is not None and stored.dim() == 3:
         each = ({key: tensor[expert] for key, tensor in tensors.items()} for expert in range(len(stored)))
         return QTensor.stack([from_tensors(one, format, quantized_inputs=quantized_inputs) for one in each])
-    if format.name in INTEGERS and not quantized_inputs:
-        bits, width = format.element.bits, int(tensors["weight_shape"][-1])
-        stored = tensors["weight_packed"].view(torch.uint8)
-        codes = (stored[..., :width] if bits == 8 else unpack_bits(stored, bits, width)) ^ (1 << (bits - 1))
+    if format.name in INTEGERS:
+        bits = format.element.bits
+        if quantized_inputs:
+            codes = tensors["weight"].view(torch.uint8) & ((1 << bits) - 1)
+        else:
+            stored, width = tensors["weight_packed"].view(torch.uint8), int(tensors["weight_shape"][-1])
+            codes = (stored[..., :width] if bits == 8 else unpack_bits(stored, bits, width)) ^ (1 << (bits - 1))
         return QTensor(format=format, codes=codes, scales=tensors["weight_scale"].to(torch.float32))
     if format.has_tensor_scale:
         tensors["weight_tensor_scale"] = tensors["weight_global_scale"].reciprocal()
@@ -240,10 +249,12 @@ def from_tensors(tensors: dict[str, Tensor], format: BlockFormat, *, quantized_i
 
 def quantization_config(weights: BlockFormat, activations: BlockFormat | None, ignore: list[str]) -> dict[str, Any]:
     """``quantization_config`` of config.json, in the words that every supported version of compressed-tensors takes."""
-    format = FORMATS[weights.name] if weights.name not in INTEGERS or activations is None else "int-quantized"
+    arguments, format = _arguments(weights, dynamic=False), FORMATS[weights.name]
+    if weights.name in INTEGERS and activations is not None:
+        arguments["num_bits"], format = 8, "int-quantized"
     group = {
         "targets": ["Linear"],
-        "weights": _arguments(weights, dynamic=False),
+        "weights": arguments,
         "input_activations": activations and _arguments(activations, dynamic=True),
         "output_activations": None,
         "format": format,

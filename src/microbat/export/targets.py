@@ -48,8 +48,19 @@ CONSTANT_NVFP4 = (
     "NVFP4 activations: engines multiply by a constant that is stored with the weights, microbat scales each call by its own "
     "largest magnitude; quantize with A16 (W4A16:nvfp4), or with mxfp4"
 )
+GROUPS = (
+    "int4 weights in groups of 32 with int8 activations: vLLM's kernels for them (Humming on GPUs, KleidiAI on Arm) have not "
+    "been verified; quantize with --scheme W4A8:int4_row,int8, a scale for each row, or take --target vllm-plugin"
+)
+BY_127 = (
+    "INT8 activations: compressed-tensors divides a token's largest magnitude by 127.5, calibration by 127; "
+    "take --target vllm, which divides by 127{}"
+)
 EVERY_GPU: dict[tuple[str, str | None], Served] = {
     ("int4", None): ANY_RULE,
+    ("int4", "int8"): GROUPS,
+    ("int4_row", None): ANY_RULE,
+    ("int4_row", "int8"): ("absmax",),
     ("int8", None): ANY_RULE,
     ("int8", "int8"): ("absmax",),
     ("nvfp4", None): ANY_RULE,
@@ -69,7 +80,7 @@ IN_FLOAT = (None, None)
 # transformers 5.23 decodes experts when it loads them, whatever the checkpoint says of their activations.
 # vLLM's CompressedTensorsWNA16MoEMethod: Marlin and its like, integers times 16-bit activations, one scheme for all three layers.
 VLLM_EXPERTS: dict[tuple[str | None, str | None], Served] = dict.fromkeys(
-    [IN_FLOAT, ("int4", None), ("int8", None)], ANY_RULE
+    [IN_FLOAT, ("int4", None), ("int4_row", None), ("int8", None)], ANY_RULE
 )
 DECODED = f"transformers turns experts into floats and leaves their activations in 16 bits; quantize with A16 (W4A16), or {KEEP}"
 
@@ -89,14 +100,16 @@ TRANSFORMERS = Target(
         ("nvfp4", None): ANY_RULE,
         ("nvfp4", "nvfp4"): CONSTANT_NVFP4,
         ("int4", None): ANY_RULE,
+        ("int4", "int8"): BY_127.format(", with --scheme W4A8:int4_row,int8, or quantize with A16 (W4A16:int4)"),
+        ("int4_row", None): ANY_RULE,
+        ("int4_row", "int8"): BY_127.format(", or quantize with A16 (W4A16:int4_row)"),
         ("int8", None): ANY_RULE,
-        ("int8", "int8"): (
-            "INT8 activations: compressed-tensors divides a token's largest magnitude by 127.5, calibration by 127; "
-            "take --target vllm, which divides by 127, or quantize with A16 (W8A16:int8)"
-        ),
+        ("int8", "int8"): BY_127.format(", or quantize with A16 (W8A16:int8)"),
     },
     experts={
-        **dict.fromkeys([("mxfp4", None), ("mxfp6_e2m3", None), ("int4", None), ("int8", None)], ANY_RULE),
+        **dict.fromkeys(
+            [("mxfp4", None), ("mxfp6_e2m3", None), ("int4", None), ("int4_row", None), ("int8", None)], ANY_RULE
+        ),
         **dict.fromkeys(
             [
                 ("mxfp4", "mxfp4"),
@@ -184,11 +197,20 @@ VLLM_CPU = Target(
     title="vLLM on CPUs",
     engine="vllm",
     fuses=True,
-    serves={("int4", None): ANY_RULE, ("int8", "int8"): ("absmax",)}
+    serves={
+        ("int4", None): ANY_RULE,
+        ("int4", "int8"): GROUPS,
+        ("int4_row", None): ANY_RULE,
+        ("int4_row", "int8"): ("absmax",),
+        ("int8", "int8"): ("absmax",),
+    }
     | dict.fromkeys([("int8", None), ("mxfp4", None), ("mxfp4", "mxfp4"), ("mxfp8_e4m3", None)], NO_CPU_KERNEL),
     experts={
         IN_FLOAT: ANY_RULE,
-        ("int4", None): f"vLLM on CPUs multiplies experts in int4 by activations of 8 bits, where there is AMX; {KEEP}",
+        **dict.fromkeys(
+            [("int4", None), ("int4_row", None)],
+            f"vLLM on CPUs multiplies experts in int4 by activations of 8 bits, where there is AMX; {KEEP}",
+        ),
         ("int8", "int8"): f"vLLM's kernel for experts in int8 on CPUs needs AMX and has not been run; {KEEP}",
     },
 )
