@@ -46,7 +46,7 @@ class Target:
 ANY_RULE: Served = ()
 CONSTANT_NVFP4 = (
     "NVFP4 activations: engines multiply by a constant that is stored with the weights, microbat scales each call by its own "
-    "largest magnitude; quantize with A16 (W4A16:nvfp4), or with mxfp4"
+    "largest magnitude; quantize with A16 (W4A16:nvfp4), or with mxfp4, or take --target vllm-plugin"
 )
 GROUPS = (
     "int4 weights in groups of 32 with int8 activations: vLLM's kernels for them (Humming on GPUs, KleidiAI on Arm) have not "
