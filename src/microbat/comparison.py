@@ -19,10 +19,10 @@ from statistics import fmean
 from typing import Any
 
 from microbat import measure, pipeline
+from microbat.documents import read_json, write_json
 from microbat.evaluation.cases import cases
 from microbat.evaluation.scores import Scores, Tasks, recovered
 from microbat.evaluation.spread import Estimate, estimate, indistinct, overlap
-from microbat.export.folder import write_json
 from microbat.recipe import describe, to_json
 from microbat.report.comparison import write_comparison
 from microbat.sharing import alone, share
@@ -99,7 +99,7 @@ def _check(suite: Suite, place: Path) -> Tasks:
                 pipeline.check(cell.recipe)
             except ValueError as error:
                 raise ValueError(f"row {cell.label!r}: {error}") from error
-        elif json.loads(made.read_text())["recipe"] != to_json(cell.recipe):
+        elif read_json(made)["recipe"] != to_json(cell.recipe):
             raise ValueError(f"{made.parent} was made by another recipe; remove it or choose another output folder")
     if evaluation.text:
         measure.text_windows(suite.model, evaluation.text, evaluation.window, evaluation.windows)
@@ -184,7 +184,7 @@ def _answers(tasks: Tasks, place: Path) -> Path:
 
 def _numbers(place: Path) -> dict[str, Any]:
     file = place / NUMBERS
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _kept(place: Path, kind: str, protocol: dict[str, Any]) -> dict[str, Any] | None:
@@ -250,7 +250,7 @@ def _entries(
             for metric in metrics:
                 stderrs = [run[f"{metric}_stderr"] for run in runs[-1]]
                 entry[metric] = asdict(estimate([run[metric] for run in runs[-1]], stderrs))
-            reports = [json.loads((folder / "report.json").read_text()) for folder in done]
+            reports = [read_json(folder / "report.json") for folder in done]
             seconds = [sum(block["seconds"] for block in report["blocks"]) for report in reports]
             entry["seconds"] = sum(seconds) / len(seconds)
             entry["bits_per_weight"] = reports[0]["bits_per_weight"]
@@ -313,7 +313,7 @@ def _pictures(suite: Suite, place: Path, done: list[Cell]) -> list[dict[str, Any
     records: dict[str, dict[str, dict[str, Any]]] = {}
     for cell in done:
         if not cell.group and cell.recipe.scheme == suite.schemes[0] and cell.label not in records:
-            report = json.loads((_folder(place, cell) / "report.json").read_text())
+            report = read_json(_folder(place, cell) / "report.json")
             records[cell.label] = {record["layer"]: record for record in report["activations"]}
     common = set.intersection(*(set(layers) for layers in records.values())) if records else set()
     layer = next((name for layers in records.values() for name in reversed(layers) if name in common), "")

@@ -2,12 +2,12 @@
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from microbat.documents import read_json
 from microbat.evaluation.generation import Sampling, Served
 from microbat.evaluation.quality import compare
 from microbat.evaluation.scores import Scores, Tasks, by_likelihood, recovered
@@ -140,4 +140,4 @@ def _float_model(folder: str | Path) -> str:
     path = resolve(folder)
     if not folders.is_microbat_folder(path):
         return str(folder)
-    return json.loads((path / "recipe.json").read_text())["recipe"]["model"]
+    return read_json(path / "recipe.json")["recipe"]["model"]

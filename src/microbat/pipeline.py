@@ -27,6 +27,7 @@ from microbat.calibrate.memory import total_memory
 from microbat.calibrate.outside import asked, rounded
 from microbat.calibrate.stream import Sample
 from microbat.calibrate.workers import Workers
+from microbat.documents import read_json, write_json
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
 from microbat.models.base import Checkpoint, linear_layers, resolve
@@ -231,14 +232,10 @@ def generate(
 ) -> str:
     """The greedy continuation of ``prompt`` by ``model`` (a folder or a name on the hub); ``show`` gets it piece by piece.
 
-    Raises ValueError for a prompt that is empty or longer than the context, and for a device without enough memory.
+    Raises ValueError for a prompt that is empty or longer than the context.
     """
-    chosen = pick_device(device)
-    try:
-        loaded = load(model, device=chosen)
-        return continuation(loaded, tokenizer_of(model), prompt, max_new_tokens=max_new_tokens, show=show)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"{model} and this prompt do not fit the memory of {chosen}; try --device cpu") from error
+    loaded = load(model, device=pick_device(device))
+    return continuation(loaded, tokenizer_of(model), prompt, max_new_tokens=max_new_tokens, show=show)
 
 
 def tokenizer_of(model: str | Path) -> Any:
@@ -247,7 +244,7 @@ def tokenizer_of(model: str | Path) -> Any:
 
     path = resolve(model)
     settings = path / "tokenizer_config.json"
-    own = json.loads(settings.read_text()).get("auto_map", {}).get("AutoTokenizer") if settings.is_file() else None
+    own = read_json(settings).get("auto_map", {}).get("AutoTokenizer") if settings.is_file() else None
     if own is not None:
         raise ValueError(
             f"the tokenizer of {path} is code of its own ({own}), which is not run; put a tokenizer.json beside it and take "
@@ -272,10 +269,10 @@ def write_report(folder: str | Path, evaluation: dict[str, Any] | None = None) -
     """Write ``report.html`` into a microbat folder, with ``evaluation`` (from :func:`microbat.evaluate`) kept in report.json."""
     folder = Path(folder)
     folders.read_contract(folder)
-    content = json.loads((folder / "report.json").read_text())
+    content = read_json(folder / "report.json")
     if evaluation is not None:
         content["evaluation"] = evaluation
-        folders.write_json(folder / "report.json", content)
+        write_json(folder / "report.json", content)
     return write_page(content, folder / "report.html")
 
 
@@ -289,12 +286,12 @@ class _FolderKeeper:
         return (self.partial / folders.block_shard(index)).is_file()
 
     def load(self, index: int) -> tuple[QuantBlock, dict[str, Tensor], Record]:
-        record = Record(**json.loads(self._record(index).read_text()))
+        record = Record(**read_json(self._record(index)))
         stored = folders.read_block(self.partial / folders.block_shard(index))
         return stored.quantized, stored.floats, record
 
     def save(self, index: int, block: QuantBlock, module: nn.Module, record: Record) -> None:
-        folders.write_json(self._record(index), dataclasses.asdict(record))
+        write_json(self._record(index), dataclasses.asdict(record))
         path = self.partial / folders.block_shard(index)
         folders.write_block(path, record.name, block, folders.float_tensors(module))
 
@@ -313,7 +310,7 @@ def _open_partial(partial: Path, recipe: Recipe, checkpoint: Checkpoint) -> None
     run = {"recipe": to_json(recipe), "versions": account.versions()}
     if partial.exists():
         file = partial / RUN_FILE
-        if not file.is_file() or json.loads(file.read_text()) != run:
+        if not file.is_file() or read_json(file) != run:
             raise ValueError(
                 f"{partial} holds an unfinished run of another recipe or version; remove it or choose another output"
             )
@@ -325,7 +322,7 @@ def _open_partial(partial: Path, recipe: Recipe, checkpoint: Checkpoint) -> None
             f"{partial.parent} has {free / 1e9:.1f} GB free; the checkpoint may take up to {needed / 1e9:.1f} GB"
         )
     partial.mkdir()
-    folders.write_json(partial / RUN_FILE, run)
+    write_json(partial / RUN_FILE, run)
 
 
 def _calibration(recipe: Recipe, checkpoint: Checkpoint, file: Path, device: torch.device) -> Calibration:

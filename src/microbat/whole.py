@@ -4,7 +4,6 @@ Each leaves a file in the job's scratch folder when it is done, where an interru
 """
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from microbat.calibrate.job import Job
+from microbat.documents import read_json, write_json
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
 from microbat.methods.base import ModelData, Preparer, Student
@@ -60,12 +60,12 @@ def distilled(job: Job, outside: QuantBlock, bar: Bar) -> dict[str, Any]:
     if not marker.is_file():
         with bar(f"{distilling[0].name} distillation", 1) as progress:
             record = _distill(job, outside, distilling, shards, renewed, progress)
-        folders.write_json(marker, record)
+        write_json(marker, record)
     for new, shard in zip(renewed, shards, strict=True):
         if new.is_file():
             os.replace(new, shard)
     _prove(job, outside, shards)
-    return json.loads(marker.read_text())
+    return read_json(marker)
 
 
 def _distill(

@@ -124,14 +124,113 @@ def test_truncated_shard_and_missing_shard(copy):
     refused(copy, shard.name)
 
 
-@pytest.mark.parametrize("entry", [{"schema": 2}, {"schema": None}, {"rounding": "up"}])
+def edit(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("entry", [{"schema": 3}, {"schema": None}, {"rounding": "up"}])
 def test_another_schema_or_convention(copy, entry):
-    config = json.loads((copy / "config.json").read_text())
-    config["quantization_config"] |= entry
-    (copy / "config.json").write_text(json.dumps(config))
+    edit(copy / "config.json", lambda config: config["quantization_config"].update(entry))
     refused(copy, "config.json", *entry)
 
 
-def test_config_that_is_no_json(copy):
-    (copy / "config.json").write_text("{")
-    refused(copy, "config.json", "not JSON")
+def test_the_first_schema_reads_the_same(made, copy):
+    edit(copy / "config.json", lambda config: config["quantization_config"].update(schema=1))
+    theirs, ours = microbat.load(copy).state_dict(), microbat.load(made).state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("path", "known"),
+    [
+        ((), "name, sites"),
+        (("sites", 1), "sites.consumers"),
+        (("sites", 1, "activation"), "sites.activation.scale_rule"),
+        (("sites", 2, "weights", "mlp.up_proj"), "sites.weights.mlp.up_proj.shape"),
+        (("kv",), "kv.attention"),
+        (("kv", "key"), "kv.key.format"),
+    ],
+)
+def test_a_key_of_a_newer_microbat_in_a_shard(copy, path, known):
+    def add(description):
+        description.setdefault("kv", {"attention": "self_attn", "key": {}, "value": {}})
+        for key in path:
+            description = description[key]
+        description["squares_first"] = True
+
+    rewrite(copy, lambda tensors: None, described=add)
+    refused(copy, SHARD, "squares_first", known, "newer microbat")
+
+
+@pytest.mark.parametrize("role", [None, "activations"])
+def test_a_key_of_a_newer_microbat_in_the_contract(copy, role):
+    def add(config):
+        contract = config["quantization_config"]
+        (contract[role] if role else contract)["squares_first"] = True
+
+    edit(copy / "config.json", add)
+    refused(copy, "config.json", f"{role}.squares_first" if role else "squares_first", "newer microbat")
+
+
+@pytest.mark.parametrize("name", ["config.json", folders.INDEX])
+@pytest.mark.parametrize(("content", "said"), [("{", "not JSON"), ("[1]", "a list, not an object")])
+def test_no_json_or_no_object(copy, name, content, said):
+    (copy / name).write_text(content)
+    refused(copy, name, said)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": ["a"]}'])
+def test_an_index_without_a_map(copy, content):
+    (copy / folders.INDEX).write_text(content)
+    refused(copy, folders.INDEX, "no weight_map")
+
+
+@pytest.mark.parametrize(
+    "place", ["../outside.safetensors", "{}/outside.safetensors", "sub/../../outside.safetensors", 3]
+)
+def test_an_index_that_leaves_the_folder(copy, place):
+    """The file is there and holds the tensor: before, it was read."""
+    place = place.format(copy.parent) if isinstance(place, str) else place
+    (copy / "sub").mkdir()
+    shutil.copy(copy / folders.OTHER_SHARD, copy.parent / "outside.safetensors")
+    name = "model.norm.weight"
+    edit(copy / folders.INDEX, lambda index: index["weight_map"].update({name: place}))
+    refused(copy, folders.INDEX, name, repr(place))
+
+
+@pytest.mark.parametrize("file", ["other.safetensors", "sub/microbat-other.safetensors", "weights.bin"])
+def test_a_file_that_is_no_shard_of_ours(copy, file):
+    """Nobody would check its digests."""
+    (copy / "sub").mkdir()
+    shutil.copy(copy / folders.OTHER_SHARD, copy / file)
+    edit(copy / folders.INDEX, lambda index: index["weight_map"].update({"model.norm.weight": file}))
+    refused(copy, file, "no shard of this folder")
+
+
+def test_a_file_beside_the_shards(copy):
+    """vLLM places the tensors of whatever is there."""
+    shutil.copy(copy / folders.OTHER_SHARD, copy / "more.safetensors")
+    refused(copy, "more.safetensors", "no shard of this folder")
+
+
+@pytest.mark.parametrize(("layers", "shard"), [(1, 1), (3, 2)])
+def test_another_number_of_blocks(copy, layers, shard):
+    edit(copy / "config.json", lambda config: config.update(num_hidden_layers=layers))
+    refused(copy, folders.block_shard(shard), f"config.json asks for {layers} blocks")
+
+
+def test_blocks_that_changed_places(copy):
+    first, second = copy / folders.block_shard(0), copy / SHARD
+    first.rename(copy / "kept")
+    second.rename(first)
+    (copy / "kept").rename(second)
+    names = {first.name: second.name, second.name: first.name}
+
+    def swap(index):
+        index["weight_map"] = {name: names.get(file, file) for name, file in index["weight_map"].items()}
+
+    edit(copy / folders.INDEX, swap)
+    refused(copy, first.name, "holds model.layers.1", "config.json makes it model.layers.0")

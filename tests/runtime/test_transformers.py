@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import microbat
+from microbat.export import folder as folders
 
 FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float32"}
 
@@ -84,7 +85,43 @@ def test_a_reader_without_microbat_gets_an_error(folder):
         f"AutoModelForCausalLM.from_pretrained({str(folder)!r})",
     )
     assert result.returncode != 0
-    assert "no file named model.safetensors" in result.stderr
+    assert (
+        result.stderr.strip()
+        .splitlines()[-1]
+        .endswith("`import microbat` before from_pretrained (pip install microbat)")
+    )
+
+
+def edit(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_an_index_that_leaves_the_folder(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "q")
+    shutil.copy(copy / folders.OTHER_SHARD, tmp_path / "outside.safetensors")
+    outside = {"model.norm.weight": "../outside.safetensors"}
+    edit(copy / folders.INDEX, lambda index: index["weight_map"].update(outside))
+    with pytest.raises(ValueError, match=r"index.json says that model.norm.weight is in '../outside.safetensors'"):
+        AutoModelForCausalLM.from_pretrained(copy)
+    (copy / folders.INDEX).write_text("{}")
+    with pytest.raises(ValueError, match=r"index.json has no weight_map"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_a_part_of_the_blocks_is_not_the_model(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "q")
+    edit(copy / "config.json", lambda config: config.update(num_hidden_layers=1, layer_types=["full_attention"]))
+    with pytest.raises(ValueError, match=r"block-001.safetensors is no shard of this folder: config.json asks for 1 "):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_a_key_of_a_newer_microbat_is_refused(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "q")
+    edit(copy / "config.json", lambda config: config["quantization_config"].update(squares_first=True))
+    with pytest.raises(ValueError, match=r"config.json says 'squares_first'"):
+        AutoModelForCausalLM.from_pretrained(copy)
 
 
 def test_another_schema_and_an_altered_tensor_are_refused(folder, tmp_path):

@@ -4,9 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
-from microbat.export.folder import INDEX, OTHER_SHARD, read_block, read_contract, read_shard
+from microbat.export.folder import OTHER_SHARD, read_block, read_checkpoint, read_shard
 from microbat.export.targets import AS_IT_IS, outside_reasons, target_of, tower_reasons
-from microbat.models.base import Checkpoint
 
 
 def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
@@ -17,10 +16,10 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
     """
     folder, out = Path(folder), Path(out)
     engine = target_of(target, AS_IT_IS)
-    read_contract(folder)
+    checkpoint = read_checkpoint(folder)
     outside = read_block(folder / OTHER_SHARD).quantized
     if reasons := [
-        *tower_reasons(engine, Checkpoint(folder, index=INDEX).family),
+        *tower_reasons(engine, checkpoint.family),
         *outside_reasons(engine, outside),
     ]:
         raise ValueError(f"{folder} cannot be served by {engine.title}:\n- " + "\n- ".join(reasons))

@@ -24,7 +24,6 @@ Which of these an engine computes as calibrated is :mod:`microbat.export.targets
 # Shapes: N out, K in, G blocks along K.
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -37,9 +36,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microbat.documents import read_json, write_json
 from microbat.experts import ExpertLinear
 from microbat.export import folder as folders
-from microbat.export.folder import StoredBlock, digest, read_block, read_contract, write_json
+from microbat.export.folder import StoredBlock, digest, read_block, read_checkpoint, read_contract
 from microbat.export.targets import LAYOUT, reasons_against, target_of
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.formats.element import BF16, E2M1, E4M3, E8M0
@@ -88,8 +88,7 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
     """
     folder, out = Path(folder), Path(out)
     engine = target_of(target, LAYOUT)
-    contract = read_contract(folder)
-    checkpoint = Checkpoint(folder, index=folders.INDEX)
+    contract, checkpoint = read_contract(folder), read_checkpoint(folder)
     if out.exists():
         raise ValueError(f"output folder {out} exists; choose another or remove it")
     family, shards = checkpoint.family, [folder / folders.block_shard(i) for i in range(len(checkpoint.blocks))]
@@ -126,12 +125,12 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
         target=target,
         weights=contract["weights"],
         activations=contract["activations"],
-        source=json.loads((folder / "recipe.json").read_text()),
+        source=read_json(folder / "recipe.json"),
         codes=codes,
         tensors=digests,
     )
     write_json(partial / PROVENANCE, {"microbat": version("microbat"), **vars(provenance)})
-    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in read_json(folder / "config.json").items() if key not in folders.WITHOUT_US}
     config["quantization_config"] = quantization_config(weights, activations, _float_layers(checkpoint, set(codes)))
     in_scales_type = weights.scale_element == BF16 and any(f".{family.experts}." in layer for layer in codes)
     if weights.name not in INTEGERS or in_scales_type:  # experts, which transformers decodes on its own
@@ -146,11 +145,11 @@ def read_exported(folder: Path) -> Exported:
     file = folder / PROVENANCE
     if not file.is_file():
         raise ValueError(f"{folder} has no {PROVENANCE}: it is not a folder that microbat exported")
+    content = read_json(file)
     try:
-        content = json.loads(file.read_text())
         return Exported(**{field.name: content[field.name] for field in dataclasses.fields(Exported)})
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{file} is not what microbat writes ({error})") from error
+    except KeyError as error:
+        raise ValueError(f"{file} is not what microbat writes (it lacks {error})") from error
 
 
 def is_exported(path: Path) -> bool:

@@ -34,6 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microbat.documents import read_json, write_json
+from microbat.export.schema import CONVENTION, QUANT_METHOD, SCHEMA_VERSION, check_contract, check_description
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.formats.composite import Composite, format_name, pack_parts, unpack_parts
 from microbat.formats.packing import check, pack, unpack
@@ -47,10 +49,11 @@ from microbat.quantizers.residual import Residual
 from microbat.registry import instances, pick, subclasses
 from microbat.transforms.base import Transform
 
-QUANT_METHOD = "microbat"
-SCHEMA_VERSION = 1
 INDEX = "microbat.safetensors.index.json"
 OTHER_SHARD = "microbat-other.safetensors"
+# The entry by which transformers lets a config name the file of weights. Where microbat is imported its quantizer does; where it
+# is not, from_pretrained stops with an error that ends in this sentence.
+WITHOUT_US = {"transformers_weights": "`import microbat` before from_pretrained (pip install microbat)"}
 PROOF = "proof.safetensors"
 PROOF_TOKENS = 64
 OUTSIDE: dict[str, Any] = {
@@ -68,11 +71,6 @@ COPIED = (
     "generation_config.json",
     "*processor_config.json",
 )
-CONVENTION = {
-    "transform": "x @ P and W @ P^-T, blocks of P: B^T (x) A",
-    "order": "transform, clip, scale, round",
-    "rounding": "nearest, ties to even",
-}
 
 
 def block_shard(index: int) -> str:
@@ -201,20 +199,28 @@ def _block_of(description: dict[str, Any], tensors: dict[str, Tensor], path: Pat
 
 def given_biases(path: Path) -> list[str]:
     """Paths, inside its block, of the linear layers that calibration gave a bias; no tensor is read."""
-    from safetensors import safe_open
-
-    with _reading(path), safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["microbat"]).get("biases", [])
+    return _described(path).get("biases", [])
 
 
 def quantized_layers(path: Path) -> list[str]:
     """Paths, inside its block, of the linear layers whose codes a shard holds; no tensor is read."""
+    return [layer for entry in _described(path)["sites"] for layer in entry["weights"]]
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """What a shard says of itself; no tensor is read."""
     from safetensors import safe_open
 
     with _reading(path), safe_open(path, framework="pt") as file:
-        description = json.loads(file.metadata()["microbat"])
-    description.pop("sha256", None)
-    return [layer for entry in (description or OUTSIDE)["sites"] for layer in entry["weights"]]
+        return _description(path, file)[0] or OUTSIDE
+
+
+def _description(path: Path, file: Any) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """What an opened shard says of itself, checked; the digests of its tensors (folders from before digests: None)."""
+    description = json.loads((file.metadata() or {}).get("microbat", "{}"))
+    check_description(description, path)
+    digests = description.pop("sha256", None)
+    return description, digests
 
 
 PACKED = ("weight_packed", "weight", "weight_scale", "weight_global_scale", "weight_tensor_scale")
@@ -328,7 +334,7 @@ def finish(
     for pattern in COPIED:
         for file in source.path.glob(pattern):
             shutil.copy(file, partial / file.name)
-    config = {**source.entries, **source.config_changes}
+    config = {**source.entries, **source.config_changes, **WITHOUT_US}
     contract = {"quant_method": QUANT_METHOD, "schema": SCHEMA_VERSION, **quantization, **CONVENTION}
     for name, document in documents.items():
         write_json(partial / name, document)
@@ -340,35 +346,43 @@ def finish(
 
 def read_contract(folder: Path) -> dict[str, Any]:
     """The ``quantization_config`` of a folder, checked: ours, of a schema that this version reads, complete."""
-    contract = _read_config(folder).get("quantization_config", {})
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: it is not a finished microbat folder")
+    contract = read_json(folder / "config.json").get("quantization_config", {})
     if contract.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{folder} is not a microbat folder (quant_method is {contract.get('quant_method')!r})")
     check_contract(contract, folder / "config.json")
     return contract
 
 
-def check_contract(contract: dict[str, Any], file: str | Path) -> None:
-    """Raise ValueError where ``contract``, read from ``file``, is not one that this version computes."""
-    if contract.get("schema") != SCHEMA_VERSION:
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The tensors of a folder whose contract, shards and config fit each other."""
+    read_contract(folder)
+    checkpoint = Checkpoint(folder, index=INDEX)
+    check_shards(checkpoint, [name for _, name in checkpoint.blocks])
+    return checkpoint
+
+
+def check_shards(checkpoint: Checkpoint, blocks: Sequence[str]) -> None:
+    """Raise ValueError where the shards of a folder are not one for each of ``blocks``, what config.json asks for, and that
+    of what is outside them.
+
+    What else its index names, or lies there for an engine to find, has no digest that anybody would check. Blocks that have
+    changed places would fit each other's modules.
+    """
+    folder = checkpoint.path
+    wanted = {**{block_shard(index): name for index, name in enumerate(blocks)}, OTHER_SHARD: ""}
+    there = checkpoint.files | {file for file in folder.glob("*.safetensors") if file.name != PROOF}
+    for file in sorted(there ^ {folder / shard for shard in wanted}):
         raise ValueError(
-            f"{file} has schema {contract.get('schema')!r}; this version of microbat reads {SCHEMA_VERSION}: "
-            "pip install --upgrade microbat"
+            f"{file} {'is no shard of this folder' if file in there else 'is missing'}: config.json asks for {len(blocks)} "
+            f"blocks, {block_shard(0)} to {block_shard(len(blocks) - 1)}, and {OTHER_SHARD}"
         )
-    for key, value in CONVENTION.items():
-        if contract.get(key) != value:
-            raise ValueError(
-                f"{file} was written under another convention: {key} is {contract.get(key)!r}, not {value!r}"
-            )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} has no config.json: it is not a finished microbat folder")
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error})") from error
+    for shard, name in wanted.items():
+        with _reading(folder / shard):
+            found = _described(folder / shard)["name"]
+        if found != name:
+            raise ValueError(f"shard {folder / shard} holds {found or 'no block'}; config.json makes it {name}")
 
 
 def check_fit(block: nn.Module, stored: StoredBlock, shard: Path) -> None:
@@ -407,9 +421,8 @@ def online_bytes(folder: Path) -> int:
 
 def is_microbat_folder(path: Path) -> bool:
     """Whether ``path`` is a finished folder of ours."""
-    if not (path / "config.json").is_file():
-        return False
-    return _read_config(path).get("quantization_config", {}).get("quant_method") == QUANT_METHOD
+    config = path / "config.json"
+    return config.is_file() and read_json(config).get("quantization_config", {}).get("quant_method") == QUANT_METHOD
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
@@ -431,9 +444,8 @@ def read_shard(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import safe_open
 
     with _reading(path), safe_open(path, framework="pt") as file:
-        description = json.loads((file.metadata() or {}).get("microbat", "{}"))
+        description, digests = _description(path, file)
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    digests = description.pop("sha256", None)  # folders from before digests have none
     for name in sorted(digests.keys() | tensors.keys()) if digests else ():
         if name not in tensors:
             raise ValueError(f"shard {path} lacks tensor {name}")
@@ -451,13 +463,6 @@ def digest(tensor: Tensor) -> str:
     return state.hexdigest()[:16]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
-    os.replace(temporary, path)
-
-
 class _reading:
     """Turns the errors of a damaged shard into one that names it."""
 
@@ -470,6 +475,6 @@ class _reading:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         from safetensors import SafetensorError
 
-        damage = SafetensorError | OSError | KeyError | TypeError | RuntimeError | json.JSONDecodeError
+        damage = SafetensorError | OSError | KeyError | TypeError | AttributeError | RuntimeError | json.JSONDecodeError
         if isinstance(error, damage):
             raise ValueError(f"shard {self.path} cannot be read ({error}); is it truncated or damaged?") from error

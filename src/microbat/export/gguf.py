@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microbat.documents import read_json
 from microbat.export import folder as folders
 from microbat.export.compressed_tensors import codes_digest
-from microbat.export.folder import read_block, read_contract
+from microbat.export.folder import read_block, read_checkpoint, read_contract
 from microbat.export.targets import reasons_against, target_of
 from microbat.formats.block import QTensor
 from microbat.formats.element import E8M0
@@ -45,7 +46,7 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
         raise ImportError("GGUF files need the package gguf: pip install gguf") from error
     folder, out = Path(folder), Path(out)
     engine = target_of(target, "gguf")
-    contract, checkpoint = read_contract(folder), Checkpoint(folder, index=folders.INDEX)
+    contract, checkpoint = read_contract(folder), read_checkpoint(folder)
     if out.exists():
         raise ValueError(f"output file {out} exists; choose another or remove it")
     shards = [folder / folders.block_shard(index) for index in range(len(checkpoint.blocks))]
@@ -140,7 +141,7 @@ def _tokenizer(writer: Any, folder: Path, config: Any) -> None:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no tokenizer.json, which a GGUF file needs")
-    content = json.loads(file.read_text())
+    content = read_json(file)
     if content["model"]["type"] != "BPE":
         raise ValueError(f"{file}: a {content['model']['type']} tokenizer is not written to GGUF, only BPE")
     tokens = {index: (token, NORMAL) for token, index in content["model"]["vocab"].items()}

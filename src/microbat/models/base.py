@@ -4,7 +4,6 @@ with the :class:`Site` s of its activations.
 ``Checkpoint`` reads a Hugging Face folder lazily: the skeleton on the meta device, then one module's weights at a time.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microbat.documents import read_json
 from microbat.experts import Experts
 from microbat.models.attention import attention_function
 from microbat.models.layout import Layout, Source, sources, stored_form
@@ -213,13 +213,15 @@ class Checkpoint:
     def _tensor_files(self) -> dict[str, Path]:
         index = self.path / self._index
         if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
-            files = {name: self.path / file for name, file in weight_map.items()}
+            files = {name: self.path / _inside(index, name, file) for name, file in _weight_map(index).items()}
         elif (self.path / SINGLE_FILE).is_file():
             with _open(self.path / SINGLE_FILE) as tensors:
                 files = dict.fromkeys(tensors.keys(), self.path / SINGLE_FILE)
         else:
-            raise ValueError(f"{self.path} has neither {SINGLE_FILE} nor {self._index}; safetensors are needed")
+            raise ValueError(
+                f"{self.path} has neither {SINGLE_FILE} nor {self._index}: safetensors are needed, and a pickle "
+                "(pytorch_model.bin) is never read"
+            )
         for file in sorted(set(files.values())):
             if not file.is_file():
                 raise ValueError(f"{index} names {file.name}, which is not there: the download is not complete")
@@ -235,7 +237,7 @@ class Checkpoint:
 
     @cached_property
     def _stored_entries(self) -> dict[str, Any]:
-        return json.loads((self.path / "config.json").read_text())
+        return read_json(self.path / "config.json")
 
     @property
     def entries(self) -> dict[str, Any]:
@@ -294,15 +296,20 @@ class Checkpoint:
         return self.config_of(self.family).hidden_size
 
     @property
+    def files(self) -> set[Path]:
+        """All shards."""
+        return set(self._files.values())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all shards."""
-        return sum(file.stat().st_size for file in set(self._files.values()))
+        return sum(file.stat().st_size for file in self.files)
 
     @property
     def num_parameters(self) -> int:
         """Numbers in all stored tensors; only their shapes are read."""
         total = 0
-        for file in set(self._files.values()):
+        for file in self.files:
             with _open(file) as tensors:
                 total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
         return total
@@ -438,6 +445,20 @@ class Checkpoint:
             self.load_into(head, family.embedding if tied else family.head, dtype)
 
 
+def _weight_map(index: Path) -> dict[str, Any]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map, tensor by tensor the file that holds it")
+    return weight_map
+
+
+def _inside(index: Path, name: str, file: Any) -> str:
+    """``file``, where ``index`` says that the tensor ``name`` is; ValueError for what is outside its folder."""
+    if not isinstance(file, str) or Path(file).anchor or ".." in Path(file).parts:
+        raise ValueError(f"{index} says that {name} is in {file!r}; it has to be a file of this folder")
+    return file
+
+
 def _open(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
@@ -476,7 +497,7 @@ def auto_class(folder: Path) -> Any:
 
 
 def _model_type(folder: Path) -> str:
-    return json.loads((folder / "config.json").read_text()).get("model_type", "")
+    return read_json(folder / "config.json").get("model_type", "")
 
 
 def block_names(family: Family, model: nn.Module) -> list[str]:

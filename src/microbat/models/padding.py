@@ -9,7 +9,6 @@ C3, T16, option a). The price is 16 lanes in 4304.
 # Shapes: N rows (outputs), K columns (inputs).
 
 import copy
-import json
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
+from microbat.documents import read_json
 from microbat.models.base import Checkpoint, Stack
 
 
@@ -38,7 +38,7 @@ class PaddedCheckpoint(Checkpoint):
     @property
     def config_changes(self) -> dict[str, Any]:
         changes = dict(self.original.config_changes)
-        written = json.loads((self.path / "config.json").read_text())
+        written = read_json(self.path / "config.json")
         for stack in self.stacks:
             own = {stack.inner.entry: self._width(stack)}
             changes |= {stack.config: {**written[stack.config], **own}} if stack.config else own

@@ -9,14 +9,13 @@ from torch import nn
 
 from microbat.experts import ExpertLinear
 from microbat.export.folder import (
-    INDEX,
     OTHER_SHARD,
     StoredBlock,
     block_shard,
     check_fit,
     is_quantizers,
     read_block,
-    read_contract,
+    read_checkpoint,
 )
 from microbat.kv import KVQuantizer
 from microbat.linear import Linear, QuantBlock, QuantLinear, dequantized, install
@@ -82,10 +81,7 @@ def load_plain(folder: str | Path, *, dtype: torch.dtype, device: str | torch.de
 
 def _read(folder: Path) -> tuple[Checkpoint, Iterable[StoredBlock], QuantBlock]:
     """The folder's checkpoint, its blocks, and the codes outside them."""
-    read_contract(folder)
-    checkpoint = Checkpoint(folder, index=INDEX)
-    if not (folder / OTHER_SHARD).is_file():
-        raise ValueError(f"{folder} lacks {OTHER_SHARD}")
+    checkpoint = read_checkpoint(folder)
     outside = read_block(folder / OTHER_SHARD).quantized  # an altered tensor shows here, with its name
     return checkpoint, (read_block(folder / block_shard(i)) for i in range(len(checkpoint.blocks))), outside
 

@@ -22,18 +22,18 @@ from microbat.experts import ExpertLinear
 from microbat.export.folder import (
     INDEX,
     OTHER_SHARD,
-    QUANT_METHOD,
     StoredBlock,
     block_shard,
-    check_contract,
     check_fit,
+    check_shards,
     given_biases,
     quantized_layers,
     read_block,
 )
+from microbat.export.schema import QUANT_METHOD, check_contract
 from microbat.linear import install
 from microbat.models.attention import attention_function
-from microbat.models.base import block_names, family_of, hold_experts
+from microbat.models.base import Checkpoint, block_names, family_of, hold_experts
 from microbat.runtime.composite import packed_linear
 
 
@@ -58,6 +58,8 @@ class MicrobatQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         config.transformers_weights = INDEX
+        if (folder := Path(config._name_or_path)).joinpath(INDEX).is_file():
+            Checkpoint(folder, index=INDEX)  # transformers opens whatever an index names
         if self.quantization_config.to_dict().get("kv_cache"):
             config._attn_implementation = attention_function()
         return config
@@ -69,6 +71,7 @@ class MicrobatQuantizer(HfQuantizer):
         family = family_of(model.config.model_type)
         hold_experts(model, family)
         self.blocks = block_names(family, model)
+        check_shards(Checkpoint(self.folder, index=INDEX), self.blocks)
         ours = [self._await(model, layer, layer) for layer in quantized_layers(self.folder / OTHER_SHARD)]
         for index, name in enumerate(self.blocks):
             block = model.get_submodule(name)

@@ -39,19 +39,20 @@ from vllm.utils.torch_utils import (
 )
 
 from microbat.export.folder import (
+    INDEX,
     OTHER_SHARD,
-    QUANT_METHOD,
     StoredBlock,
     block_shard,
-    check_contract,
+    check_shards,
     given_biases,
     quantized_layers,
     read_block,
     read_shard,
 )
+from microbat.export.schema import QUANT_METHOD, check_contract
 from microbat.formats.block import BlockFormat
 from microbat.formats.scales import sees_tensor
-from microbat.models.base import family_of, resolve
+from microbat.models.base import Checkpoint, family_of, resolve
 from microbat.registry import instances
 from microbat.runtime.fused import TokenCache, experts, fuse, locate, not_floats
 
@@ -111,10 +112,9 @@ class MicrobatConfig(QuantizationConfig):
                 f"{self.folder}: vLLM was not tried with quantized layers outside the blocks ({', '.join(outside)})"
             )
         self.family, self.blocks = family, family.blocks
-        self.layers = [
-            frozenset(quantized_layers(self.folder / block_shard(index)))
-            for index in range(hf_config.num_hidden_layers)
-        ]
+        count = range(hf_config.num_hidden_layers)
+        check_shards(Checkpoint(self.folder, index=INDEX), [f"{family.blocks}.{index}" for index in count])
+        self.layers = [frozenset(quantized_layers(self.folder / block_shard(index))) for index in count]
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         self._check_config()
