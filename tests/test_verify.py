@@ -14,7 +14,7 @@ import microbat
 from microbat.cli import app
 from microbat.engines import transformers as engine
 from microbat.engines import vllm
-from microbat.engines.base import watched
+from microbat.engines.base import Run, watched
 from microbat.export import compressed_tensors
 from microbat.export import folder as folders
 from microbat.linear import SiteInput
@@ -194,6 +194,28 @@ def test_wrong_requests(made, tiny, text_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine.Transformers, "run", missing)
     assert "pip install transformers compressed-tensors" in run("verify", out, code=2)
+
+
+def test_a_run_of_another_process_arrives_as_it_was(tmp_path):
+    """Layers that read one activation, experts with what was routed to them, an output that is not contiguous."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(1, 3, 5, generator=generator, dtype=torch.bfloat16)
+    layers = {
+        "model.layers.0.q_proj": ((x,), torch.randn(1, 7, 3, generator=generator).mT),
+        "model.layers.0.k_proj": ((x,), x.float()),
+        "model.layers.0.mlp.experts": ((x[0], torch.tensor([[2], [0], [1]]), x[0, :, :1]), x[0]),
+    }
+    sent = Run(logits=torch.randn(3, 11, generator=generator), dtype=torch.bfloat16, layers=layers)
+    vllm._write_run(sent, tmp_path / "answer")
+    got = vllm._read_run(tmp_path / "answer")
+    assert got.dtype == sent.dtype
+    assert torch.equal(got.logits, sent.logits)
+    assert got.layers.keys() == layers.keys()
+    for name, (inputs, output) in layers.items():
+        assert len(got.layers[name][0]) == len(inputs)
+        for there, here in zip((*got.layers[name][0], got.layers[name][1]), (*inputs, output), strict=True):
+            assert there.dtype == here.dtype
+            assert torch.equal(there, here)
 
 
 def test_an_engine_that_is_not_installed(made, monkeypatch):

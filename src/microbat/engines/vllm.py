@@ -1,6 +1,7 @@
 """vLLM: microbat folders by microbat's plugin, exports by vLLM itself. In a process of its own, which it changes as it likes.
 
-``python -m microbat.engines.vllm FOLDER REQUEST ANSWER`` is that process: tokens and names of layers in, a run out.
+``python -m microbat.engines.vllm FOLDER REQUEST ANSWER`` is that process: tokens and names of layers in, as JSON, a run out, as
+safetensors.
 """
 
 import os
@@ -12,8 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from microbat.documents import read_json, write_json
 from microbat.engines.base import Engine, Run, text_alone
 from microbat.experts import Experts
 
@@ -34,14 +38,13 @@ class Vllm(Engine):
         if find_spec("vllm") is None:
             raise ImportError("No module named 'vllm'")
         with tempfile.TemporaryDirectory() as place:
-            request, answer = Path(place) / "request.pt", Path(place) / "answer.pt"
-            torch.save((tokens, layers), request)
+            request, answer = Path(place) / "request.json", Path(place) / "answer.safetensors"
+            write_json(request, {"tokens": tokens.tolist(), "layers": layers})
             command = [sys.executable, "-m", "microbat.engines.vllm", str(folder), str(request), str(answer)]
             done = subprocess.run(command, env={**ENVIRONMENT, **os.environ}, capture_output=True, text=True)
             if not answer.is_file():
                 raise ValueError(f"vLLM does not run {folder}: {_cause(done.stderr)}")
-            logits, dtype, seen = torch.load(answer, weights_only=True)
-        return Run(logits=logits, dtype=dtype, layers=seen)
+            return _read_run(answer)
 
 
 def _cause(stderr: str) -> str:
@@ -51,9 +54,29 @@ def _cause(stderr: str) -> str:
     return (errors or lines or ["it ended without a word"])[-1]
 
 
-def _watch(
-    folder: str, tokens: Tensor, layers: list[str]
-) -> tuple[Tensor, torch.dtype, dict[str, tuple[tuple[Tensor, ...], Tensor]]]:
+def _write_run(run: Run, file: Path) -> None:
+    """Keep ``run`` in ``file``: ``<layer>:output`` and ``<layer>:<number of the input>`` beside ``logits``."""
+    tensors = {"logits": run.logits}
+    for layer, (inputs, output) in run.layers.items():
+        tensors |= {f"{layer}:{number}": x for number, x in enumerate(inputs)} | {f"{layer}:output": output}
+    # Layers that read one activation share it; safetensors wants each tensor by itself.
+    apart = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    save_file(apart, file, {"dtype": str(run.dtype)})
+
+
+def _read_run(file: Path) -> Run:
+    """The run that :func:`_write_run` kept."""
+    with safe_open(file, framework="pt") as kept:
+        dtype = getattr(torch, kept.metadata()["dtype"].removeprefix("torch."))
+        tensors = {key: kept.get_tensor(key) for key in kept.keys()}  # noqa: SIM118
+    layers = {}
+    for layer in sorted({key.rpartition(":")[0] for key in tensors} - {""}):
+        count = sum(key.startswith(f"{layer}:") for key in tensors) - 1
+        layers[layer] = tuple(tensors[f"{layer}:{number}"] for number in range(count)), tensors[f"{layer}:output"]
+    return Run(logits=tensors["logits"], dtype=dtype, layers=layers)
+
+
+def _watch(folder: str, tokens: Tensor, layers: list[str]) -> Run:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -86,7 +109,7 @@ def _watch(
     [logits] = llm.apply_model(lambda model: model.compute_logits(hidden[0]))
     dtype = llm.llm_engine.model_config.dtype
     shown = {name: seen[name] for name in (*layers, *experts.values()) if name in seen}
-    return logits.to("cpu", torch.float32), dtype, shown
+    return Run(logits=logits.to("cpu", torch.float32), dtype=dtype, layers=shown)
 
 
 def _block(name: str) -> str:
@@ -116,5 +139,6 @@ def _keeper(parts: list[str], seen: dict[str, tuple[tuple[Tensor, ...], Tensor]]
 
 if __name__ == "__main__":
     _folder, _request, _answer = sys.argv[1:]
+    _asked = read_json(Path(_request))
     with torch.inference_mode():
-        torch.save(_watch(_folder, *torch.load(_request, weights_only=True)), _answer)
+        _write_run(_watch(_folder, torch.tensor(_asked["tokens"]), _asked["layers"]), Path(_answer))
