@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
+import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -162,6 +164,45 @@ def test_errors_are_one_line(tiny, tmp_path):
     assert "setting 'epochs' is not key=value" in output
     assert "not a finished microbat folder" in run("inspect", tmp_path, code=2)
     assert "give a MODEL" in run("quantize", "--out", tmp_path / "x", code=2)
+
+
+def test_a_report_that_is_no_json(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "q")
+    (copy / "report.json").write_text("{")
+    assert f"{copy / 'report.json'} is not JSON" in run("inspect", copy, code=2)
+
+
+@pytest.mark.parametrize(
+    ("command", "where", "advice"),
+    [
+        (("generate", "--prompt", "w1"), "microbat.pipeline.continuation", ("shorter --prompt", "--max-new-tokens")),
+        (("bench",), "microbat.bench._bench", ("fewer --prompt and --tokens",)),
+        (("eval",), "microbat.measure.evaluate", ("smaller --window",)),
+        (("quantize", "--out", "OUT"), "microbat.pipeline.coverage", ("lower --max-seq-length",)),
+        (("verify",), "microbat.verify._logits", ()),
+    ],
+)
+def test_out_of_memory(folder, tmp_path, monkeypatch, command, where, advice):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(where, full)
+    name, *options = [str(tmp_path / "q") if part == "OUT" else part for part in command]
+    said = run(name, folder, *options, code=2)
+    for part in (f"error: {name} does not fit the device's memory", "Tried to allocate 2.00 GiB", *advice):
+        assert part in said
+    if name != "verify":
+        assert "--device cpu" in said
+        assert "--device cpu" not in run(name, folder, *options, "--device", "cpu", code=2)
+
+
+def test_out_of_memory_of_a_comparison(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("microbat.comparison.compare", full)
+    said = run("compare", "--suite", tmp_path / "suite.yaml", code=2)
+    assert "error: compare does not fit the device's memory; try --quick" in said
 
 
 def test_help_teaches():

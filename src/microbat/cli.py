@@ -7,13 +7,15 @@ import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from microbat.documents import read_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,12 +47,22 @@ class Listed(StrEnum):
 
 
 @contextlib.contextmanager
-def _errors() -> Iterator[None]:
+def _errors(command: str, *less: str, device: str = "cpu") -> Iterator[None]:
+    """What ``command`` raises, in one line. ``less``: options that make it take less memory; ``device``: what it runs on."""
+    from torch import OutOfMemoryError
+
     try:
         yield
     except (ValueError, FloatingPointError, ImportError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
+        _fail(str(error), error)
+    except OutOfMemoryError as error:
+        advice = [*less, *(["--device cpu"] if device != "cpu" else []), "a device with more memory and no other work"]
+        _fail(f"{command} does not fit the device's memory; try {', or '.join(advice)} ({error})", error)
+
+
+def _fail(message: str, cause: Exception) -> NoReturn:
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(2) from cause
 
 
 @app.command()
@@ -116,7 +128,7 @@ def quantize(
     from microbat import pipeline
     from microbat.recipe import Recipe, parse_settings
 
-    with _errors():
+    with _errors("quantize", "a lower --max-seq-length", "fewer --num-calibration-samples", device=device):
         if recipe is not None:
             chosen = Recipe.read(recipe)
             chosen = dataclasses.replace(chosen, model=model) if model else chosen
@@ -146,7 +158,7 @@ def quantize(
             console.print(f"{why}: blocks are calibrated in order, by one process", soft_wrap=True, highlight=False)
         folder = pipeline.run(chosen, out, workers=workers, address=address)
         page = pipeline.write_report(folder)
-    content = json.loads((folder / "report.json").read_text())
+    content = read_json(folder / "report.json")
     for reason in content["recipe"].get("calibration_skipped", ()):
         console.print(f"left out: {reason}", style="yellow", highlight=False, markup=False)
     console.print(f"{folder}: {content['bits_per_weight']:.3f} bits per weight, report {page}", soft_wrap=True)
@@ -194,7 +206,7 @@ def export(
     from microbat.registry import pick
 
     exporters = {Layout.compressed_tensors: compressed_tensors, Layout.gguf: gguf, Layout.microbat: as_it_is}
-    with _errors():
+    with _errors("export"):
         layout = format or Layout(pick("target", target, TARGETS).layout)
         written = exporters[layout].export(folder, out, target=target)
     console.print(f"{written}: {layout.value} for {target}", soft_wrap=True)
@@ -211,7 +223,7 @@ def verify(
     """
     from microbat.verify import Altered, verify
 
-    with _errors():
+    with _errors("verify"):
         try:
             verdict = verify(folder, engine=engine)
         except Altered as error:
@@ -270,7 +282,7 @@ def evaluate(
     from microbat.evaluation.generation import Sampling
     from microbat.recipe import parse_settings
 
-    with _errors():
+    with _errors("eval", "a smaller --window", device=device):
         named = dict(_named(m) for m in models)
         sampling = Sampling.of(parse_settings(set_ or []))
         if tasks:
@@ -306,7 +318,7 @@ def compare(
     from microbat.comparison import compare as run
 
     place = out or Path("microbat-compare") / (suite.stem + ("-quick" if quick else ""))
-    with _errors():
+    with _errors("compare", "--quick", "a suite with a smaller window"):
         result = run(suite, out=place, model=model, calibration=calibration, text=text, quick=quick)
     _print_comparison(result)
     console.print(f"{place / 'comparison.json'}, page {place / 'comparison.html'}", soft_wrap=True)
@@ -413,7 +425,7 @@ def generate(
     """
     from microbat import pipeline
 
-    with _errors():
+    with _errors("generate", "a shorter --prompt", "fewer --max-new-tokens", device=device):
         pipeline.generate(
             model,
             prompt,
@@ -440,7 +452,7 @@ def bench(
     from microbat.bench import bench
     from microbat.pipeline import pick_device
 
-    with _errors():
+    with _errors("bench", "fewer --prompt and --tokens", device=device):
         result = bench(folder, device=pick_device(device), tokens=tokens, prompt=prompt, rounds=rounds, threads=threads)
     table = Table(title=str(folder))
     for column in ("", "tokens/s", "linear layers, MB", "of them transforms and clips"):
@@ -460,9 +472,9 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) 
     from microbat.pipeline import pick_device
     from microbat.scheme import formats
 
-    with _errors():
+    with _errors("inspect"):
         contract = read_contract(folder)
-        content = json.loads((folder / "report.json").read_text())
+        content = read_json(folder / "report.json")
     size = content["bytes"]
     console.print(
         f"[bold]{folder}[/]: {content['model']} ({content['family']}), "
