@@ -206,6 +206,14 @@ def test_an_altered_folder_is_refused(everything, tmp_path):
     assert "microbat-block-001.safetensors: tensor" in refused(copy, tmp_path / "log")
 
 
+def test_a_part_of_the_blocks_is_refused(everything, tmp_path):
+    copy = as_it_is.export(everything, tmp_path / "q", target="vllm-plugin")
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "block-001.safetensors is no shard of this folder" in refused(copy, tmp_path / "log")
+
+
 @pytest.mark.parametrize("scheme", ["W8A8:int8", "W4A16:int4", "W4A16:int4_row", "W4A8:int4_row,int8"])
 def test_what_stock_vllm_serves_from_an_export(made, tmp_path, scheme):
     export = compressed_tensors.export(made("llama", "gptq", scheme), tmp_path / "ct", target="vllm-cpu")

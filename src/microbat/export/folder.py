@@ -2,7 +2,7 @@
 
 ::
 
-    config.json                             the model's config, with ``quantization_config`` (quant_method: microbat)
+    config.json                             the model's config, with ``quantization_config`` (:mod:`microbat.export.schema`)
     microbat.safetensors.index.json         tensor name -> shard; the name keeps other readers from taking it for float
     microbat-block-000.safetensors ...      one shard a block: codes, scales, transforms, clip ratios, norms, biases
     microbat-other.safetensors              embedding, final norm, head, mergers: as a block's, paths being full names

@@ -2,7 +2,8 @@
 
 transformers has no entry points for quantizers; it learns of this one when it first needs its registry, once microbat has
 been imported (:mod:`microbat`). Without it ``from_pretrained`` raises: a folder's weights have an index of their own name,
-which transformers does not look for, so that it never takes codes for floats or fills the gaps with random numbers.
+which transformers does not look for, so that it never takes codes for floats or fills the gaps with random numbers; where
+config.json may name another, a folder's says what to import (``WITHOUT_US``).
 
 transformers places the tensors that are no codes; afterwards each block gets its quantized layers as in
 :mod:`microbat.runtime.load`, on the device that transformers chose for the block.
