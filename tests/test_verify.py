@@ -218,6 +218,22 @@ def test_a_run_of_another_process_arrives_as_it_was(tmp_path):
             assert torch.equal(there, here)
 
 
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [
+        ("", "it ended without a word"),
+        ("INFO loading\nkilled\n", "killed"),
+        ("Traceback\n  File x\nValueError: bad\nINFO shutting down\n", "ValueError: bad"),
+        (
+            "pydantic.ValidationError: 1 error for C\n  Value error, bad\n    See y\n\nINFO\n",
+            "1 error for C Value error, bad See y",
+        ),
+    ],
+)
+def test_why_vllm_ended(printed, said):
+    assert vllm._cause(printed).endswith(said)
+
+
 def test_an_engine_that_is_not_installed(made, monkeypatch):
     monkeypatch.setattr(vllm, "find_spec", lambda name: None)
     said = run("verify", made["gptq"], "--engine", "vllm", code=2)

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import microbat
+from microbat.engines.vllm import Vllm
 from microbat.export import as_it_is, compressed_tensors
 from microbat.verify import verify
 
@@ -211,7 +212,8 @@ def test_a_part_of_the_blocks_is_refused(everything, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     config |= {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]}
     (copy / "config.json").write_text(json.dumps(config))
-    assert "block-001.safetensors is no shard of this folder" in refused(copy, tmp_path / "log")
+    with pytest.raises(ValueError, match=r"block-001.safetensors is no shard of this folder"):
+        Vllm().run(copy, torch.arange(8), [], {})
 
 
 @pytest.mark.parametrize("scheme", ["W8A8:int8", "W4A16:int4", "W4A16:int4_row", "W4A8:int4_row,int8"])

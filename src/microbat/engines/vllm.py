@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -48,10 +49,13 @@ class Vllm(Engine):
 
 
 def _cause(stderr: str) -> str:
-    """What an error's trace ends with, or what vLLM printed last."""
+    """What an error's trace ends with, its further lines (pydantic's have the reason) included, or what vLLM printed last."""
     lines = [line for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.split(":")[0].rpartition(".")[2].endswith(("Error", "Exception"))]
-    return (errors or lines or ["it ended without a word"])[-1]
+    ends = [i for i, line in enumerate(lines) if line.split(":")[0].rpartition(".")[2].endswith(("Error", "Exception"))]
+    if not ends:
+        return (lines or ["it ended without a word"])[-1]
+    further = takewhile(lambda line: line.startswith("  "), lines[ends[-1] + 1 :])
+    return " ".join([lines[ends[-1]], *map(str.strip, further)])
 
 
 def _write_run(run: Run, file: Path) -> None:
