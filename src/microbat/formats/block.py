@@ -12,7 +12,7 @@ quantizing, exporting and running.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -229,7 +229,7 @@ class QTensor:
     def split_rows(self, rows: Sequence[int]) -> list["QTensor"]:
         """Parts of a weight [..., N, K] with so many ``rows`` each, in memory of their own, all under its tensor scale."""
         axis = self.codes.dim() - 2
-        parts: list[dict[str, Tensor]] = [{} for _ in rows]
+        parts: list[dict[str, Any]] = [{} for _ in rows]
         for name in ("codes", "scales", "inner", "terms"):
             whole = getattr(self, name)
             for part, own in zip(parts, () if whole is None else whole.split(tuple(rows), axis), strict=False):
