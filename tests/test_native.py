@@ -139,7 +139,9 @@ def test_products_know_every_scale(name, one):
     for group in (0, 5, 8):
         x = torch.zeros(1, width)
         x[0, group * format.block + 3] = 0.5
-        ours, wanted = (native.product(x, codes, scales, 1.0, format=format, most=most) for most in ("avx2", "portable"))
+        ours, wanted = (
+            native.product(x, codes, scales, 1.0, format=format, most=most) for most in ("avx2", "portable")
+        )
         torch.testing.assert_close(ours, wanted, rtol=0, atol=0, equal_nan=True)
         assert ours.isfinite().any()
 

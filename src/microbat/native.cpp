@@ -832,8 +832,8 @@ constexpr int MAX_TOKENS = 4;
 struct Table4 {
     static constexpr int BITS = 4, VECTORS = 8;
     struct Raw { __m256i words[4]; };
-    float unit = 1.0f;                   // what a decoded number is to be multiplied by
-    __m256i low, high;                   // the two bytes of each code's BF16 value
+    float unit = 1.0f;  // what a decoded number is to be multiplied by
+    __m256i low, high;  // the two bytes of each code's BF16 value
     AVX2 explicit Table4(const Format& f) {
         uint8_t bytes[2][32];
         for (int i = 0; i < 32; ++i)

@@ -4,7 +4,8 @@ They quantize (transform, clip, scale, round, pack, in one pass), dequantize, an
 weight. Quantizing and dequantizing give the bits of :mod:`microbat.quantizers.kernel` and of ``QTensor.dequantize``.
 The product's operands are exact, its sums float32: with u = 2^-24, each output is within K u sum |x_k w_k| of the exact
 one. Where both factors are integers with a scale a row, sums are int32 and exact (``runtime.reference.integer_product``).
-AVX2, AVX-512, its BF16 instructions and VNNI are chosen by the processor at run time.
+AVX2, AVX-512, its BF16 instructions and VNNI are chosen by the processor at run time; the product with floats has a path for
+each of ``LEVELS``, all within that bound.
 """
 
 # Shapes: T rows (tokens), K last axis, N rows of a weight, G blocks along K.
@@ -23,7 +24,11 @@ from microbat.formats.packing import SCALE_DTYPES
 
 SCALES = {E8M0: 0, E4M3: 1, BF16: 2, FP32: 3}
 RULES = {"floor": 0, "even": 1, "rceil": 2, "ceil": 3, "absmax": 4, "full_range": 5}
-LEVELS = ("portable", "avx2", "avx512")  # of the product with floats: the instructions that it uses, in native.cpp's order
+LEVELS = (
+    "portable",
+    "avx2",
+    "avx512",
+)  # of the product with floats: the instructions that it uses, in native.cpp's order
 FLOATS = (torch.float32, torch.bfloat16)
 LARGEST_MAP = 1024  # numbers in a block of a map
 
