@@ -4,17 +4,20 @@
     python benchmarks/packed_product.py --tokens 256
 
 Each side turns through several weights, so that no cache holds them. Integers times integers: microbat quantizes the tokens and
-scales the sums as well, torch._int_mm gets codes and gives int32. llama.cpp runs where its wheel xllamacpp is installed.
+scales the sums as well, torch._int_mm gets codes and gives int32. Products with floats run again as on lesser processors.
+llama.cpp runs where its wheel xllamacpp is installed.
 """
 
 import ctypes
 import importlib.util
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import typer
 
+from microbat import native
 from microbat.bench import best_times
 from microbat.linear import SiteInput
 from microbat.quantizers.base import AbsMax
@@ -39,6 +42,8 @@ def main(rows: int = 14336, width: int = 4096, tokens: int = 1, rounds: int = 20
         codes = AbsMax(format=formats()[name]).quantize(weight)
         layers = [PackedLinear(SiteInput(), codes, None, dtype=torch.float32) for _ in range(COPIES)]
         sides[f"microbat {name}"] = turning([lambda layer=layer: layer(x) for layer in layers])
+        for most in native.LEVELS[: native.LEVELS.index(native.product_level(codes.format))]:
+            sides[f"microbat {name}, {most}"] = turning([partial(lesser, layer, x, most) for layer in layers])
     per_token = AbsMax(format=formats()["int8"])
     for name in INTEGERS:
         codes = AbsMax(format=formats()[name]).quantize(weight)
@@ -57,6 +62,11 @@ def main(rows: int = 14336, width: int = 4096, tokens: int = 1, rounds: int = 20
     for name, seconds in times.items():
         print(f"{name}: {seconds * 1e3:.2f} ms, {times['torch BF16'] / seconds:.2f} times as fast as torch BF16")
     return {name: times["torch BF16"] / seconds for name, seconds in times.items()}
+
+
+def lesser(layer: PackedLinear, x: torch.Tensor, most: str) -> torch.Tensor:
+    """The layer's product as on a processor that has no more than these instructions."""
+    return native.product(x, layer.codes, layer.scales, layer.outer, format=layer.format, most=most)
 
 
 def turning(functions: list[Callable[[], object]]) -> Callable[[], object]:

@@ -93,6 +93,70 @@ def test_maps(transform):
     assert (different > 0).float().mean() < 1e-3  # only next to a tie
 
 
+@pytest.mark.parametrize("most", native.LEVELS)
+@pytest.mark.parametrize("format", [f for f in formats().values() if native.knows(f)], ids=lambda f: f.name)
+@pytest.mark.parametrize(("rows", "width"), [(3, 16), (9, 33), (21, 291), (5, 4160)])
+def test_products_on_every_path(format, rows, width, most):
+    w, x = torch.randn(rows, width, generator=generator(6)), torch.randn(8, width, generator=generator(5))
+    w = AbsMax(format=format).quantize(w)
+    codes, scales = pack_parts(w)
+    outer = 1.0 if w.tensor_scale is None else w.tensor_scale.item()
+    exact, bound = reference.product(x, w), reference.bound(x, w)
+    for tokens in range(1, 9):
+        y = native.product(x[:tokens], codes, scales, outer, format=format, most=most)
+        assert ((y - exact[:tokens]).abs() <= bound[:tokens]).all()
+
+
+@pytest.mark.parametrize("most", native.LEVELS)
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "int4", "mxfp8_e4m3", "mxfp8_e5m2", "mxint8", "int8"])
+def test_products_know_every_code(name, most):
+    """Each code alone, at each place of a row: a row's sum is the code's value, NaN and Inf too."""
+    format = formats()[name]
+    values = format.element.table
+    for at in range(0, 64, 5):
+        x = torch.zeros(2, 64)
+        x[:, at] = torch.tensor([1.0, -3.0])
+        codes = torch.zeros(len(values), 64, dtype=torch.uint8)
+        codes[:, at] = torch.arange(len(values))
+        if format.element.bits == 4:
+            codes = codes[:, ::2] | codes[:, 1::2] << 4
+        one = AbsMax(format=format).quantize(torch.full((1, 64), format.element.max))  # its scales are 1, or near it
+        scales = pack_parts(one)[1].expand(len(values), -1).contiguous()
+        outer = 1.0 if one.tensor_scale is None else one.tensor_scale.item()
+        scale = (one.dequantize() / format.element.max)[0, at]
+        y = native.product(x, codes, scales, outer, format=format, most=most)
+        torch.testing.assert_close(y, x[:, at, None] * values * scale, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("name", "one"), [("mxfp4", 0x22), ("nvfp4", 0x22), ("int4", 0x11), ("mxfp8_e4m3", 0x38)])
+def test_products_know_every_scale(name, one):
+    """AVX2 as without it: rows of ones, nine blocks whose scale is the row's; NaN and the smallest too."""
+    format = formats()[name]
+    count, dtype = {"nvfp4": (128, torch.uint8), "int4": (1 << 16, torch.uint16)}.get(name, (256, torch.uint8))
+    width = format.block * 9
+    scales = torch.arange(count).to(dtype)[:, None].expand(-1, 9).contiguous()
+    codes = torch.full((count, width * format.element.bits // 8), one, dtype=torch.uint8)
+    for group in (0, 5, 8):
+        x = torch.zeros(1, width)
+        x[0, group * format.block + 3] = 0.5
+        ours, wanted = (
+            native.product(x, codes, scales, 1.0, format=format, most=most) for most in ("avx2", "portable")
+        )
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=0, equal_nan=True)
+        assert ours.isfinite().any()
+
+
+@pytest.mark.parametrize("most", native.LEVELS[1:])
+@pytest.mark.parametrize(("tokens", "rows", "width"), [(1, 7, 64), (3, 42, 283), (8, 5, 4160)])
+def test_products_of_bfloat16(tokens, rows, width, most):
+    x, w = torch.randn(tokens, width, generator=generator(5)), torch.randn(rows, width, generator=generator(6))
+    w = w.to(torch.bfloat16)
+    if not native.has_bfloat16_product():
+        pytest.skip("this processor has no instructions for it")
+    y = native.bfloat16_product(x, w, most=most)
+    assert ((y - x.double() @ w.double().T).abs() <= width * 2.0**-24 * (x.double().abs() @ w.double().abs().T)).all()
+
+
 @pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("activation", ["int8", "int4_row"])
 @pytest.mark.parametrize("name", ["int8", "int4_row"])

@@ -32,6 +32,7 @@
 #endif
 #if defined(__x86_64__) && defined(__GNUC__)
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16")))
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
 #include <immintrin.h>
 #endif
 #if defined(__GNUC__)
@@ -43,6 +44,7 @@
 namespace {
 
 enum ScaleKind : int32_t { E8M0 = 0, E4M3 = 1, BF16 = 2, FP32 = 3, NONE = 4 };
+enum Level : int { PORTABLE = 0, WITH_AVX2 = 1, WITH_AVX512 = 2 };  // of products with floats
 enum Rule : int32_t { FLOOR = 0, EVEN = 1, RCEIL = 2, CEIL = 3, ABSMAX = 4, FULL_RANGE = 5 };
 
 constexpr uint32_t EXPONENT = 0x7F800000, MAGNITUDE = 0x7FFFFFFF;
@@ -805,8 +807,8 @@ AVX512 void product_avx512(const Planes& p, int64_t width, const uint8_t* codes,
 using Product = void (*)(const Planes&, int64_t, const uint8_t*, const uint8_t*, int64_t, int64_t, int64_t, float,
                          const Format&, float*);
 
-// The kernel for a format on this processor; null where there is none and the portable one does the work.
-Product product_for(const Format& f) {
+// The kernel for a format on this processor; null where there is none.
+Product avx512_product_for(const Format& f) {
     static const bool capable = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
                                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
     if (!capable) return nullptr;
@@ -817,6 +819,250 @@ Product product_for(const Format& f) {
     if (f.bits == 16) return product_avx512<Numbers16, NoScale>;
     if (f.bits == 8 && f.scale == FP32 && f.block == 0) return product_avx512<Codes8, ScaleOfRow>;
     return nullptr;
+}
+
+// With AVX2 every code becomes a float32, exactly, and meets x, which is float32 as it came. 4 bits: two tables of bytes give
+// BF16 words, and a word is the upper half of a float. Floats of 8 bits are halves but for their place, and become floats as
+// halves do. Lanes collect a block's products, meet its scale, and are added up at the row's end.
+//
+// A chunk is 32 bytes of codes; x lies in the order in which a chunk's codes come out of it.
+
+constexpr int MAX_TOKENS = 4;
+
+struct Table4 {
+    static constexpr int BITS = 4, VECTORS = 8;
+    struct Raw { __m256i words[4]; };
+    float unit = 1.0f;  // what a decoded number is to be multiplied by
+    __m256i low, high;  // the two bytes of each code's BF16 value
+    AVX2 explicit Table4(const Format& f) {
+        uint8_t bytes[2][32];
+        for (int i = 0; i < 32; ++i)
+            for (int half = 0; half < 2; ++half) bytes[half][i] = uint8_t(bits_of(f.table[i % 16]) >> (16 + 8 * half));
+        low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes[0]));
+        high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes[1]));
+    }
+    // Looking up and interleaving work within 128 bits: a lane's half of 8 bytes, its nibble, odd or even, and its number.
+    static int64_t place(int i) {
+        const int byte = i / 2, lane = byte / 16, half = byte / 8 % 2;
+        return ((half * 2 + i % 2) * 2 + byte % 2) * 8 + lane * 4 + byte % 8 / 2;
+    }
+    AVX2 INLINE Raw raw(const uint8_t* from) const {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), nibble = _mm256_set1_epi8(15);
+        const __m256i even = _mm256_and_si256(bytes, nibble);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+        const __m256i l[2] = {_mm256_shuffle_epi8(low, even), _mm256_shuffle_epi8(low, odd)};
+        const __m256i h[2] = {_mm256_shuffle_epi8(high, even), _mm256_shuffle_epi8(high, odd)};
+        return {{_mm256_unpacklo_epi8(l[0], h[0]), _mm256_unpacklo_epi8(l[1], h[1]), _mm256_unpackhi_epi8(l[0], h[0]),
+                 _mm256_unpackhi_epi8(l[1], h[1])}};
+    }
+    AVX2 INLINE __m256 values(const Raw& r, int v) const { return upper_halves(r.words[v / 2], v % 2); }
+    AVX2 static INLINE __m256 upper_halves(__m256i words, int odd) {
+        return _mm256_castsi256_ps(odd ? _mm256_and_si256(words, _mm256_set1_epi32(int(0xFFFF0000)))
+                                       : _mm256_slli_epi32(words, 16));
+    }
+};
+
+struct Words16 {  // BF16 already
+    static constexpr int BITS = 16, VECTORS = 2;
+    using Raw = __m256i;
+    float unit = 1.0f;
+    AVX2 explicit Words16(const Format&) {}
+    static int64_t place(int i) { return i % 2 * 8 + i / 2; }
+    AVX2 INLINE Raw raw(const uint8_t* from) const { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+    AVX2 INLINE __m256 values(const Raw& words, int v) const { return Table4::upper_halves(words, v); }
+};
+
+template <int EXPONENT_BITS>
+struct Halves8 {  // E5M2 or E4M3
+    static constexpr int BITS = 8, VECTORS = 4;
+    struct Raw { __m256i halves[2]; };
+    float unit = EXPONENT_BITS == 5 ? 1.0f : 0x1p8f;  // a half's exponent has a bias of 15, that of E4M3 is 7
+    AVX2 explicit Halves8(const Format&) {}
+    static int64_t place(int i) { return i; }
+    AVX2 INLINE Raw raw(const uint8_t* from) const { return {{halves(from), halves(from + 16)}}; }
+    AVX2 INLINE __m256i halves(const uint8_t* from) const {
+        const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+        if (EXPONENT_BITS == 5) return _mm256_slli_epi16(words, 8);
+        return _mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(int16_t(0xBFFF)));  // the sign came twice
+    }
+    AVX2 INLINE __m256 values(const Raw& r, int v) const {
+        return _mm256_cvtph_ps(v % 2 ? _mm256_extracti128_si256(r.halves[v / 2], 1)
+                                     : _mm256_castsi256_si128(r.halves[v / 2]));
+    }
+};
+
+struct Integers8 {
+    static constexpr int BITS = 8, VECTORS = 4;
+    using Raw = const uint8_t*;
+    float unit;
+    AVX2 explicit Integers8(const Format& f) : unit(f.table[1]) {}
+    static int64_t place(int i) { return i; }
+    AVX2 INLINE Raw raw(const uint8_t* from) const { return from; }
+    AVX2 INLINE __m256 values(const Raw& from, int v) const {
+        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8 * v));
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+    }
+};
+
+// E4M3 has one magnitude that is no number, and no half looks like it: such a row is found apart.
+AVX2 bool has_nan(const Halves8<4>&, const uint8_t* codes, int64_t n) {
+    uint8_t most = 0;
+    for (int64_t i = 0; i < n; ++i) most = std::max(most, uint8_t(codes[i] & 127));
+    return most == 127;
+}
+template <class Codes>
+INLINE bool has_nan(const Codes&, const uint8_t*, int64_t) { return false; }
+
+// The scales of a chunk's 8 lanes, of which VECTORS in turn have different ones, from PER_CHUNK floats.
+template <int PER_CHUNK>
+struct Lanes {
+    static constexpr int SCALES = PER_CHUNK, VECTORS = PER_CHUNK == 4 ? 2 : 1;
+    AVX2 INLINE __m256 load(const float* scales, int vector) const {
+        if (PER_CHUNK == 0) return _mm256_set1_ps(1.0f);
+        if (PER_CHUNK == 1) return _mm256_set1_ps(*scales);
+        if (PER_CHUNK == 2)
+            return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(scales))),
+                                        _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+        const __m256 all = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(scales));
+        return _mm256_permutevar_ps(all, vector ? _mm256_setr_epi32(1, 1, 1, 1, 3, 3, 3, 3)
+                                                : _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2));
+    }
+};
+
+// 8 stored scales as load_scale reads them.
+AVX2 INLINE __m256 eight_scales(__m128i stored, int32_t kind) {
+    if (kind == BF16) return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(stored), 16));
+    if (kind == E8M0) {
+        const __m256i subnormal = _mm256_set1_epi32(1 << 22);  // what code 0 means, and what makes a NaN of Inf
+        const __m256i bits = _mm256_max_epi32(_mm256_slli_epi32(_mm256_cvtepu8_epi32(stored), 23), subnormal);
+        const __m256i last = _mm256_cmpeq_epi32(bits, _mm256_set1_epi32(EXPONENT));
+        return _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_and_si256(last, subnormal)));
+    }
+    const __m128i halves = _mm_slli_epi16(_mm_cvtepu8_epi16(stored), 7);  // 2^-8 times as large
+    const __m128i nan = _mm_cmpeq_epi16(halves, _mm_set1_epi16(127 << 7));
+    return _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(halves, nan)), _mm256_set1_ps(0x1p8f));
+}
+
+template <int32_t KIND>
+AVX2 void floats_of_scales(const uint8_t* from, int64_t groups, float* to) {
+    constexpr int BYTES = KIND == BF16 ? 2 : 1;
+    int64_t g = 0;
+    for (; g + 8 <= groups; g += 8) {
+        const __m128i* stored = reinterpret_cast<const __m128i*>(from + g * BYTES);
+        _mm256_storeu_ps(to + g, eight_scales(BYTES == 2 ? _mm_loadu_si128(stored) : _mm_loadl_epi64(stored), KIND));
+    }
+    for (; g < groups; ++g) to[g] = load_scale(from, g, KIND);
+}
+
+template <int TOKENS, class Codes, class Scales>
+AVX2 INLINE void add_chunk(const float* x, int64_t size, const uint8_t* from, const float* scales, const Codes& decoder,
+                           const Scales& scaler, __m256 total[TOKENS]) {
+    constexpr int ALIKE = Codes::VECTORS / Scales::VECTORS, CHAINS = TOKENS > 1 ? 1 : 2;  // a sum waits for its last term
+    const auto raw = decoder.raw(from);
+#pragma GCC unroll 2
+    for (int g = 0; g < Scales::VECTORS; ++g) {
+        __m256 sums[TOKENS][CHAINS];
+#pragma GCC unroll 8
+        for (int v = g * ALIKE; v < (g + 1) * ALIKE; ++v) {
+            const __m256 values = decoder.values(raw, v);
+            const int chain = v % CHAINS;
+#pragma GCC unroll 4
+            for (int t = 0; t < TOKENS; ++t) {
+                const __m256 numbers = _mm256_loadu_ps(x + t * size + 8 * v);
+                sums[t][chain] = v < g * ALIKE + CHAINS ? _mm256_mul_ps(values, numbers)
+                                                        : _mm256_fmadd_ps(values, numbers, sums[t][chain]);
+            }
+        }
+        const __m256 scale = scaler.load(scales, g);
+#pragma GCC unroll 4
+        for (int t = 0; t < TOKENS; ++t) {
+            const __m256 sum = CHAINS == 1 ? sums[t][0] : _mm256_add_ps(sums[t][0], sums[t][CHAINS - 1]);
+            total[t] = _mm256_fmadd_ps(sum, scale, total[t]);
+        }
+    }
+}
+
+AVX2 INLINE float sum_of_lanes(__m256 v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+template <int TOKENS, class Codes, class Scales>
+AVX2 void product_tokens(const float* x, int64_t size, int64_t width, const uint8_t* codes, const uint8_t* scales,
+                         int64_t first, int64_t end, int64_t num_rows, float outer, const Format& f, float* out) {
+    const Codes decoder(f);
+    const Scales scaler;
+    const int64_t row_bytes = packed_bytes(width, f.bits), chunks = (row_bytes + 31) / 32;
+    const int64_t groups = f.block ? (width + f.block - 1) / f.block : 1, row_scales = groups * scale_bytes(f.scale);
+    const auto to_floats = f.scale == E8M0   ? floats_of_scales<E8M0>
+                           : f.scale == E4M3 ? floats_of_scales<E4M3>
+                                             : floats_of_scales<BF16>;
+    std::vector<float> factors(size_t(chunks * Scales::SCALES));  // of lanes beyond the row zero, as their x is
+    for (int64_t n = first; n < end; ++n) {
+        const uint8_t* from = codes + n * row_bytes;
+        if (Scales::SCALES) to_floats(scales + n * row_scales, groups, factors.data());
+        __m256 total[TOKENS];
+        for (int t = 0; t < TOKENS; ++t) total[t] = _mm256_setzero_ps();
+        const float *numbers = x, *factor = factors.data();
+        int64_t left = row_bytes;
+        for (; left >= 32; left -= 32, from += 32, numbers += 256 / Codes::BITS, factor += Scales::SCALES) {
+            _mm_prefetch(reinterpret_cast<const char*>(from + PREFETCH), _MM_HINT_T0);
+            add_chunk<TOKENS>(numbers, size, from, factor, decoder, scaler, total);
+        }
+        if (left > 0) {
+            uint8_t rest[32] = {};
+            std::copy(from, from + left, rest);
+            add_chunk<TOKENS>(numbers, size, rest, factor, decoder, scaler, total);
+        }
+        float last = outer * decoder.unit;
+        if (f.scale == FP32) last *= load_scale(scales, n, FP32);
+        if (has_nan(decoder, codes + n * row_bytes, row_bytes)) last = std::numeric_limits<float>::quiet_NaN();
+        for (int t = 0; t < TOKENS; ++t) out[t * num_rows + n] = sum_of_lanes(total[t]) * last;
+    }
+}
+
+struct Avx2Product {
+    int64_t (*place)(int);  // of a chunk's number
+    void (*run[MAX_TOKENS])(const float*, int64_t, int64_t, const uint8_t*, const uint8_t*, int64_t, int64_t, int64_t, float,
+                            const Format&, float*);  // for 1 token, 2, ...
+};
+
+template <class Codes, class Scales>
+constexpr Avx2Product avx2_product{Codes::place,
+                                   {product_tokens<1, Codes, Scales>, product_tokens<2, Codes, Scales>,
+                                    product_tokens<3, Codes, Scales>, product_tokens<4, Codes, Scales>}};
+
+// The kernel for a format on this processor; null where there is none.
+const Avx2Product* avx2_product_for(const Format& f) {
+    static const bool capable =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (!capable) return nullptr;
+    if (f.bits == 16) return &avx2_product<Words16, Lanes<0>>;
+    if (f.bits == 4 && f.scale == E4M3 && f.block == 16) return &avx2_product<Table4, Lanes<4>>;
+    if (f.bits == 4 && f.scale != FP32 && f.block == 32) return &avx2_product<Table4, Lanes<2>>;
+    if (f.bits == 4 && f.scale == FP32 && f.block == 0) return &avx2_product<Table4, Lanes<0>>;
+    if (f.bits == 8 && f.scale == E8M0 && f.block == 32)
+        return f.fixed_point          ? &avx2_product<Integers8, Lanes<1>>
+               : f.mantissa_bits == 2 ? &avx2_product<Halves8<5>, Lanes<1>>
+                                      : &avx2_product<Halves8<4>, Lanes<1>>;
+    if (f.bits == 8 && f.fixed_point && f.scale == FP32 && f.block == 0) return &avx2_product<Integers8, Lanes<0>>;
+    return nullptr;
+}
+
+struct alignas(64) Floats { float values[16]; };  // a load across two lines of a cache takes twice as long
+
+// x in the order of chunks: [token][size], whole chunks, zeros at the end.
+std::vector<Floats> in_order(const float* x, int64_t tokens, int64_t width, int64_t size, int chunk, int64_t (*place)(int)) {
+    std::vector<Floats> lines(size_t((tokens * size + 15) / 16));
+    int64_t where[64];
+    for (int i = 0; i < chunk; ++i) where[i] = place(i);
+    for (int64_t t = 0; t < tokens; ++t) {
+        float* out = lines.data()->values + t * size;
+        for (int64_t k = 0; k < width; k += chunk)
+            for (int i = 0; i < chunk && k + i < width; ++i) out[k + where[i]] = x[t * width + k + i];
+    }
+    return lines;
 }
 
 #endif
@@ -1126,19 +1372,31 @@ void microbat_dequantize(const uint8_t* codes, const uint8_t* scales, int64_t ro
 }
 
 // out [tokens, num_rows] = x [tokens, width] float32 times the packed weight [num_rows, width], transposed. 16 bits are
-// BF16 numbers without scales, where the processor has instructions for them.
+// BF16 numbers without scales, where the processor has instructions for them. `most`: the last Level to be used.
 void microbat_product(const float* x, int64_t tokens, int64_t width, const uint8_t* codes, const uint8_t* scales,
-                      int64_t num_rows, float outer, const Format* format, float* out, int threads) {
+                      int64_t num_rows, float outer, const Format* format, int most, float* out, int threads) {
     const Format& f = *format;
     const int64_t slice = (std::max<int64_t>(1, TASK_CODES / width) + 3) / 4 * 4;
     const int64_t tasks = (num_rows + slice - 1) / slice;
 #ifdef AVX512
-    if (const Product product = product_for(f)) {
+    const float last = f.scale == E4M3 ? outer : 1.0f;
+    if (const Product product = most >= WITH_AVX512 ? avx512_product_for(f) : nullptr) {
         const Planes planes = split(x, tokens, width, f.bits);
         std::fill(out, out + tokens * num_rows, 0.0f);
-        const float last = f.scale == E4M3 ? outer : 1.0f;
         pool->run(threads, tasks, [&](int64_t i) {
             product(planes, width, codes, scales, i * slice, std::min(num_rows, (i + 1) * slice), num_rows, last, f, out);
+        });
+        return;
+    }
+    if (const Avx2Product* product = most >= WITH_AVX2 ? avx2_product_for(f) : nullptr) {
+        const int chunk = 256 / f.bits;
+        const int64_t size = (width + chunk - 1) / chunk * chunk;
+        const std::vector<Floats> lines = in_order(x, tokens, width, size, chunk, product->place);
+        pool->run(threads, tasks, [&](int64_t i) {
+            for (int64_t t = 0; t < tokens; t += MAX_TOKENS)
+                product->run[std::min<int64_t>(MAX_TOKENS, tokens - t) - 1](
+                    lines.data()->values + t * size, size, width, codes, scales, i * slice, std::min(num_rows, (i + 1) * slice),
+                    num_rows, last, f, out + t * num_rows);
         });
         return;
     }
@@ -1173,13 +1431,13 @@ void microbat_integer_product(const uint8_t* x, const float* x_scales, int64_t t
     share(integers_portable, wide.data());
 }
 
-// Whether the product of a format has a kernel of its own on this processor.
-int microbat_has_product(const Format* format) {
+// The Level at which this processor multiplies by a format.
+int microbat_product_level([[maybe_unused]] const Format* format) {
 #ifdef AVX512
-    return product_for(*format) != nullptr;
-#else
-    return format == nullptr;
+    if (avx512_product_for(*format)) return WITH_AVX512;
+    if (avx2_product_for(*format)) return WITH_AVX2;
 #endif
+    return PORTABLE;
 }
 
 }  // extern "C"

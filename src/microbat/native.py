@@ -4,7 +4,8 @@ They quantize (transform, clip, scale, round, pack, in one pass), dequantize, an
 weight. Quantizing and dequantizing give the bits of :mod:`microbat.quantizers.kernel` and of ``QTensor.dequantize``.
 The product's operands are exact, its sums float32: with u = 2^-24, each output is within K u sum |x_k w_k| of the exact
 one. Where both factors are integers with a scale a row, sums are int32 and exact (``runtime.reference.integer_product``).
-AVX2, AVX-512, its BF16 instructions and VNNI are chosen by the processor at run time.
+AVX2, AVX-512, its BF16 instructions and VNNI are chosen by the processor at run time; the product with floats has a path for
+each of ``LEVELS``, all within that bound.
 """
 
 # Shapes: T rows (tokens), K last axis, N rows of a weight, G blocks along K.
@@ -23,6 +24,11 @@ from microbat.formats.packing import SCALE_DTYPES
 
 SCALES = {E8M0: 0, E4M3: 1, BF16: 2, FP32: 3}
 RULES = {"floor": 0, "even": 1, "rceil": 2, "ceil": 3, "absmax": 4, "full_range": 5}
+LEVELS = (
+    "portable",
+    "avx2",
+    "avx512",
+)  # of the product with floats: the instructions that it uses, in native.cpp's order
 FLOATS = (torch.float32, torch.bfloat16)
 LARGEST_MAP = 1024  # numbers in a block of a map
 
@@ -65,11 +71,13 @@ def shared_object() -> ctypes.CDLL | None:
         *(pointer, integer, pointer, pointer, integer),
     ]
     lib.microbat_dequantize.argtypes = [pointer, pointer, long, long, real, form, pointer, integer, integer]
-    lib.microbat_product.argtypes = [pointer, long, long, pointer, pointer, long, real, form, pointer, integer]
+    lib.microbat_product.argtypes = [
+        *(pointer, long, long, pointer, pointer, long, real, form, integer, pointer, integer),
+    ]
     lib.microbat_integer_product.argtypes = [
         *(pointer, pointer, long, long, form, pointer, pointer, long, form, integer, pointer, integer),
     ]
-    lib.microbat_has_product.argtypes = [form]
+    lib.microbat_product_level.argtypes = [form]
     for function in (
         lib.microbat_quantize,
         lib.microbat_dequantize,
@@ -93,10 +101,11 @@ def knows(format: BlockFormat, rule: str = "") -> bool:
 
 
 @functools.cache
-def has_product(format: BlockFormat) -> bool:
-    """Whether :func:`product` has instructions for the format on this processor; the portable one decodes row by row."""
+def product_level(format: BlockFormat) -> str:
+    """Which of ``LEVELS`` :func:`product` has for the format on this processor; the portable one decodes row by row."""
     lib = shared_object()
-    return lib is not None and knows(format) and bool(lib.microbat_has_product(byref(_format(format, ""))))
+    known = lib is not None and knows(format)
+    return LEVELS[lib.microbat_product_level(byref(_format(format, "")))] if known else LEVELS[0]  # type: ignore[union-attr]
 
 
 @functools.cache
@@ -173,12 +182,17 @@ def dequantize(codes: Tensor, scales: Tensor, outer: float, out: Tensor, *, form
     )  # fmt: skip
 
 
-def product(x: Tensor, codes: Tensor, scales: Tensor, outer: float, *, format: BlockFormat) -> Tensor:
-    """float32 [T, N]: ``x`` [T, K] float32 times a packed weight of N rows, transposed."""
+def product(
+    x: Tensor, codes: Tensor, scales: Tensor, outer: float, *, format: BlockFormat, most: str = LEVELS[-1]
+) -> Tensor:
+    """float32 [T, N]: ``x`` [T, K] float32 times a packed weight of N rows, transposed.
+
+    ``most``: the last of ``LEVELS`` to be used, as where the processor has no more.
+    """
     out = torch.empty(x.shape[0], codes.shape[0])
     shared_object().microbat_product(  # type: ignore[union-attr]
         x.data_ptr(), *x.shape, codes.data_ptr(), scales.data_ptr(), codes.shape[0], outer,
-        byref(_format(format, "")), out.data_ptr(), torch.get_num_threads(),
+        byref(_format(format, "")), LEVELS.index(most), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -209,15 +223,15 @@ def integer_product(
 
 def has_bfloat16_product() -> bool:
     """Whether this processor multiplies BF16 numbers, and the kernels are there to do it."""
-    return shared_object() is not None and bool(shared_object().microbat_has_product(byref(_BFLOAT16)))  # type: ignore[union-attr]
+    return shared_object() is not None and bool(shared_object().microbat_product_level(byref(_BFLOAT16)))  # type: ignore[union-attr]
 
 
-def bfloat16_product(x: Tensor, weight: Tensor) -> Tensor:
-    """float32 [T, N]: ``x`` [T, K] float32 times a BF16 weight [N, K], transposed."""
+def bfloat16_product(x: Tensor, weight: Tensor, *, most: str = LEVELS[-1]) -> Tensor:
+    """float32 [T, N]: ``x`` [T, K] float32 times a BF16 weight [N, K], transposed; ``most`` as :func:`product` takes it."""
     out = torch.empty(x.shape[0], weight.shape[0])
     shared_object().microbat_product(  # type: ignore[union-attr]
         x.data_ptr(), *x.shape, weight.data_ptr(), None, weight.shape[0], 1.0,
-        byref(_BFLOAT16), out.data_ptr(), torch.get_num_threads(),
+        byref(_BFLOAT16), LEVELS.index(most), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

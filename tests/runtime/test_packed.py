@@ -158,18 +158,6 @@ def test_hifloat_runs_from_its_bits_by_torch_alone(name, monkeypatch):
     assert torch.equal(linear.to(torch.bfloat16).dequantize(), weight.dequantize())
 
 
-def test_the_portable_product(monkeypatch):
-    """6-bit formats have no kernel of their own on any processor: their rows are decoded one at a time."""
-    if native.shared_object() is None:
-        pytest.skip("no compiler")
-    format = formats()["mxfp6_e2m3"]
-    weight = AbsMax(format=format).quantize(torch.randn(N, K, generator=torch.Generator().manual_seed(1)))
-    codes, scales = native.quantize(weight.dequantize(), None, None, format=format, rule="rceil")
-    x = inputs(3)[0]
-    y = native.product(x, codes, scales, 1.0, format=format)
-    assert ((y - reference.product(x, weight)).abs() <= reference.bound(x, weight)).all()
-
-
 @pytest.mark.parametrize("tokens", [1, 3, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_head_computes_what_it_did(dtype, tokens):

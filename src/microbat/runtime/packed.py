@@ -4,7 +4,7 @@
 backend    where                                      how
 =========  =========================================  ==================================================================
 native     CPU, microbat built with a C++ compiler    integers times integers (W8A8, W4A8): sums of int32; else up to 32
-                                                      tokens (8 without AVX-512 BF16) codes are decoded in registers,
+                                                      tokens (8 without AVX2) codes are decoded in registers,
                                                       sums are float32, and more tokens meet tiles, decoded natively
 triton     GPUs, where Triton is installed            :mod:`microbat.runtime.gpu`: codes decoded in registers, FP8 or
                                                       block-scaled tensor cores by the hardware
@@ -38,8 +38,7 @@ from microbat.quantizers.kernel import EAGER_BELOW, can_compile, compiled
 from microbat.registry import unknown
 from microbat.runtime import gpu
 
-NATIVE_TOKENS = 32  # where decoding once for a product of its own begins to win
-PORTABLE_TOKENS = 8  # the same, for formats and processors that the native product has no instructions for
+NATIVE_TOKENS = {"portable": 8, "avx2": 32, "avx512": 32}  # where decoding once for a product of its own begins to win
 BFLOAT16_TOKENS = 8  # where torch's own product of a BF16 weight is as fast
 TILE_BYTES = 4 << 20
 
@@ -142,7 +141,7 @@ def native_product(layer: PackedLinear, x: Tensor) -> Tensor:
         )  # fmt: skip
         return y if layer.bias is None else y + layer.bias
     x = layer.site(x).reshape(-1, layer.in_features)
-    if x.shape[0] <= (NATIVE_TOKENS if native.has_product(layer.format) else PORTABLE_TOKENS):
+    if x.shape[0] <= NATIVE_TOKENS[native.product_level(layer.format)]:
         x = x.to(torch.float32).contiguous()
         y = native.product(x, layer.codes, layer.scales, layer.outer, format=layer.format)
         return y if layer.bias is None else y + layer.bias
