@@ -25,6 +25,14 @@ app = typer.Typer(
 )
 # A pipe or a file has no width of its own: tables are not cut there.
 console = Console(width=None if sys.stdout.isatty() else 200)
+# What `microbat bench` shows of a side, beside its speed.
+BENCHED = {
+    "linear layers": "linear",
+    "checkpoint": "checkpoint",
+    "peak memory while decoding": "decoding",
+    "of it beyond the libraries": "model",
+    "peak memory while loading": "loading",
+}
 NAMES = {"perplexity": "perplexity", "ratio": "times float", "kl": "KL (nats)", "recovery": "recovery %"}
 
 
@@ -34,6 +42,14 @@ class Layout(StrEnum):
     compressed_tensors = "compressed-tensors"
     gguf = "gguf"
     microbat = "microbat"
+
+
+class Dtype(StrEnum):
+    """What ``microbat generate`` computes in, beside the products of low-bit codes."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 class Listed(StrEnum):
@@ -418,11 +434,20 @@ def generate(
         int, typer.Option(min=1, help="At most so many; the end of the context ends it too.")
     ] = 128,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of all that is not in low-bit codes, and of larger products.")] = (
+        Dtype.float32
+    ),
+    backend: Annotated[
+        str,
+        typer.Option(help="What multiplies by the packed bits: auto, native, triton, torch; `microbat inspect` says."),
+    ] = "auto",
 ) -> None:
     """Continue a text, greedily, printed as it comes. A scheme with KV8 or KV4 keeps its cache in those bits.
 
     Example: `microbat generate qwen-mxfp4 --prompt 'The bat'`
     """
+    import torch
+
     from microbat import pipeline
 
     with _errors("generate", "a shorter --prompt", "fewer --max-new-tokens", device=device):
@@ -431,6 +456,8 @@ def generate(
             prompt,
             max_new_tokens=max_new_tokens,
             device=device,
+            dtype=getattr(torch, dtype),
+            backend=backend,
             show=lambda piece: print(piece, end="", flush=True),
         )
     print()
@@ -444,8 +471,13 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Both sides take turns so many times; the best time counts.")] = 5,
     threads: Annotated[int, typer.Option(min=0, help="Threads of a CPU; 0: torch's own number.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(help="What multiplies by the packed bits: auto, native, triton, torch; `microbat inspect` says."),
+    ] = "auto",
 ) -> None:
-    """Decoding speed and memory of linear layers on this machine: the packed folder beside the model in BF16.
+    """Decoding speed, peak memory and sizes on this machine: the packed folder beside the model in BF16, each in a process of
+    its own.
 
     Example: `microbat bench qwen-mxfp4 --threads 1`
     """
@@ -453,14 +485,26 @@ def bench(
     from microbat.pipeline import pick_device
 
     with _errors("bench", "fewer --prompt and --tokens", device=device):
-        result = bench(folder, device=pick_device(device), tokens=tokens, prompt=prompt, rounds=rounds, threads=threads)
+        result = bench(
+            folder,
+            device=pick_device(device),
+            tokens=tokens,
+            prompt=prompt,
+            rounds=rounds,
+            threads=threads,
+            backend=backend,
+        )
     table = Table(title=str(folder))
-    for column in ("", "tokens/s", "linear layers, MB", "of them transforms and clips"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, side in (("packed", result.packed), ("BF16", result.bf16)):
-        table.add_row(name, f"{side.speed:.2f}", f"{side.nbytes / 1e6:.1f}", f"{side.online / 1e6:.2f}")
-    table.add_row("packed / BF16", f"{result.speed:.2f}", f"{result.memory:.3f}", "", style="bold")
+    for column in ("MB, if not said otherwise", "packed", "BF16", "packed / BF16"):
+        table.add_column(column, justify="right" if table.columns else "left")
+    table.add_row("tokens/s", f"{result.packed.speed:.2f}", f"{result.bf16.speed:.2f}", f"{result.ratio('speed'):.2f}")
+    for name, what in BENCHED.items():
+        sides = (f"{getattr(side, what) / 1e6:.1f}" for side in (result.packed, result.bf16))
+        table.add_row(name, *sides, f"{result.ratio(what):.3f}")
     console.print(table)
+    console.print(
+        f"{result.packed.online / 1e6:.2f} MB of the packed linear layers are transforms and clips", highlight=False
+    )
     console.print(result.setting, highlight=False, soft_wrap=True)
 
 

@@ -228,13 +228,16 @@ def generate(
     *,
     max_new_tokens: int = 128,
     device: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
     show: Callable[[str], None] = lambda piece: None,
 ) -> str:
-    """The greedy continuation of ``prompt`` by ``model`` (a folder or a name on the hub); ``show`` gets it piece by piece.
+    """The greedy continuation of ``prompt`` by ``model`` (a folder or a name on the hub), loaded as by :func:`load`; ``show``
+    gets it piece by piece.
 
     Raises ValueError for a prompt that is empty or longer than the context.
     """
-    loaded = load(model, device=pick_device(device))
+    loaded = load(model, dtype=dtype, device=pick_device(device), backend=backend)
     return continuation(loaded, tokenizer_of(model), prompt, max_new_tokens=max_new_tokens, show=show)
 
 

@@ -1,10 +1,14 @@
 """Streaming generation, from packed weights and from a packed cache."""
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
 import microbat
 from microbat import pipeline
+from microbat.cli import app
 from microbat.runtime.generate import generate
+from microbat.runtime.packed import PackedLinear
 
 FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float32", "method": "rtn"}
 
@@ -19,6 +23,26 @@ def test_pieces_make_the_text_of_plain_generation(tiny, text_file, tmp_path, sch
     tokens = tokenizer("w1 w2", return_tensors="pt")
     whole = model.generate(**tokens, max_new_tokens=9, do_sample=False)[0, tokens.input_ids.shape[1] :]
     assert text == tokenizer.decode(whole, skip_special_tokens=True)
+
+
+def test_the_verb_passes_on_how_to_load(tiny, text_file, tmp_path, monkeypatch):
+    out = microbat.quantize(tiny(), out=tmp_path / "q", scheme="W4A16", calibration=str(text_file), **FAST)
+    made = []
+    load = pipeline.load
+    monkeypatch.setattr(pipeline, "load", lambda *given, **options: made.append(load(*given, **options)) or made[-1])
+
+    def run(*options):
+        arguments = ["generate", str(out), "--prompt", "w1", "--max-new-tokens", "2", "--device", "cpu", *options]
+        result = CliRunner().invoke(app, arguments)
+        layers = [module.backend for model in made for module in model.modules() if isinstance(module, PackedLinear)]
+        return result.exit_code, result.output, [model.dtype for model in made], set(layers)
+
+    assert run("--dtype", "bfloat16", "--backend", "torch")[::2] == (0, [torch.bfloat16])
+    assert run("--dtype", "bfloat16", "--backend", "torch")[3] == {"torch"}
+    made.clear()
+    assert run()[::2] == (0, [torch.float32])
+    code, output, *_ = run("--backend", "triton")
+    assert (code, "backend 'triton' does not run mxfp4 on 'cpu'" in output) == (2, True)
 
 
 def test_the_context_ends_it(tiny):

@@ -436,13 +436,16 @@ class Checkpoint:
             self.load_into(model.get_submodule(path), path, dtype)
 
     def load_head(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-        """Fill the final norm and the output head of ``model``, tied to the embedding where the checkpoint ties them."""
+        """Fill the final norm and the output head of ``model``, after its entry: where the checkpoint ties it to the embedding
+        it is the embedding's tensor, once in memory."""
         family = self.family
         self.load_into(model.get_submodule(family.norm), family.norm, dtype)
         head = model.get_submodule(family.head)
         if isinstance(head, nn.Linear):  # else it has its codes already
-            tied = f"{family.head}.weight" not in self.names
-            self.load_into(head, family.embedding if tied else family.head, dtype)
+            if f"{family.head}.weight" in self.names:
+                self.load_into(head, family.head, dtype)
+            else:
+                head.weight = model.get_submodule(family.embedding).weight
 
 
 def _weight_map(index: Path) -> dict[str, Any]:
