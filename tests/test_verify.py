@@ -21,6 +21,7 @@ from microbat.linear import SiteInput
 from microbat.quantizers.base import AbsMax
 from microbat.runtime.load import load
 from microbat.runtime.packed import PackedLinear
+from microbat.scheme import formats
 from microbat.verify import Altered, verify
 
 FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float32"}
@@ -90,6 +91,18 @@ def test_a_folder_from_before_proofs(made, tmp_path):
     copy = shutil.copytree(made["gptq"], tmp_path / "q")
     (copy / folders.PROOF).unlink()
     assert verify(copy).passed
+
+
+@pytest.mark.parametrize("name", sorted(formats()))
+def test_every_format(tiny, text_file, tmp_path, name):
+    """Of weights; activations stay in 16 bits, which every format of weights can meet."""
+    model = tiny("llama", hidden_size=128, intermediate_size=256)
+    settings = {"method": "rtn", "calibration": str(text_file), **FAST, "num_calibration_samples": 2}
+    out = microbat.quantize(model, out=tmp_path / "q", scheme=f"W{formats()[name].element.bits}A16:{name}", **settings)
+    assert json.loads((out / "report.json").read_text())["layers"][0]["format"] == name
+    verdict = verify(out)
+    assert verdict.passed, verdict
+    assert verdict.layers == 14
 
 
 @needs_theirs

@@ -1,7 +1,11 @@
-"""The compressed-tensors export: byte for byte against the installed package, loaded by transformers, refused with reasons."""
+"""The compressed-tensors export: byte for byte against the installed package and what three versions of it wrote, loaded by
+transformers, refused with reasons."""
 
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +45,9 @@ PAIRS = [
     ("int8", None),
     ("int8", "int8"),
 ]
+# Version -> weights and activations -> digest of what that version of the package writes for `example`; the test that runs
+# the installed version checks its own row.
+WRITTEN = json.loads(Path(__file__).with_name("compressed_tensors.json").read_text())
 needs_theirs = pytest.mark.skipif(
     importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed"
 )
@@ -64,13 +71,37 @@ def has_mxfp6():
     return hasattr(CompressionFormat, "mxfp6_pack_quantized")
 
 
+def example(weights):
+    """A weight of integers times powers of two, the same on every machine."""
+    integers = torch.randint(-999, 1000, (24, 96), generator=torch.Generator().manual_seed(1))
+    return AbsMax(format=FORMATS[weights]).quantize(integers * 2.0 ** (torch.arange(96) // 8 - 6))
+
+
+def digest_of(tensors):
+    """Of names, types, shapes and bytes."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        whole.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("version", WRITTEN)
+def test_bytes_are_those_that_each_version_wrote(version):
+    ours = {}
+    for weights, activations in PAIRS:
+        tensors = to_tensors(example(weights), quantized_inputs=activations is not None)
+        ours[f"{weights} {activations}"] = digest_of(tensors)
+    assert {name: ours[name] for name in WRITTEN[version]} == WRITTEN[version]
+    assert set(ours) - set(WRITTEN[version]) <= {"mxfp6_e2m3 None"}  # which the package has from 0.20
+
+
 @needs_theirs
 @pytest.mark.parametrize(("weights", "activations"), PAIRS)
 def test_bytes_are_those_of_compressed_tensors(weights, activations):
     if weights == "mxfp6_e2m3" and not has_mxfp6():
         pytest.skip("compressed-tensors has MXFP6 from 0.20")
-    weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 96)
-    q = AbsMax(format=FORMATS[weights]).quantize(weight)
+    q = example(weights)
     scheme, compressor = scheme_of(weights, activations)
     assert compressor.can_compress(nn.Linear, scheme)
     state = {"weight": q.dequantize(), "weight_scale": q.scales}
@@ -79,6 +110,8 @@ def test_bytes_are_those_of_compressed_tensors(weights, activations):
     if weights == "int4":
         state["weight_scale"] = q.scales.to(torch.bfloat16)
     theirs = compressor.compress(state, scheme)
+    written = WRITTEN.get(importlib.metadata.version("compressed-tensors"), {})
+    assert written.get(f"{weights} {activations}", digest_of(theirs)) == digest_of(theirs)
     ours = to_tensors(q, quantized_inputs=activations is not None)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
