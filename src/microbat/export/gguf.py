@@ -19,7 +19,6 @@ from torch import Tensor
 
 from microbat.documents import read_json
 from microbat.export import folder as folders
-from microbat.export.compressed_tensors import codes_digest
 from microbat.export.folder import read_block, read_checkpoint, read_contract
 from microbat.export.targets import reasons_against, target_of
 from microbat.formats.block import QTensor
@@ -60,11 +59,9 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
     writer = GGUFWriter(partial, family.name)
     _describe(writer, checkpoint)
     _tokenizer(writer, folder, checkpoint.config)
-    codes = {}
     for index, shard in enumerate(shards):
         name, stored = f"{family.blocks}.{index}", read_block(shard)
         for path, q in stored.quantized.weights.items():
-            codes[f"{name}.{path}"] = codes_digest(q)
             rows = _row_order(f"{path}.weight", q.shape[0], checkpoint)
             _add(writer, checkpoint, f"{name}.{path}.weight", mxfp4_bytes(q)[rows], "MXFP4")
         for key, tensor in stored.floats.items():
@@ -76,7 +73,6 @@ def export(folder: str | Path, out: str | Path, *, target: str) -> Path:
             )
     for key, tensor in other.floats.items():
         _add(writer, checkpoint, key, tensor.to(torch.float32) if tensor.dim() == 1 else tensor)
-    writer.add_string("microbat.codes", json.dumps(codes))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
