@@ -16,7 +16,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from microbat.bench import best_times
+from microbat.bench import best_times, versions
 from microbat.calibrate.fake import faked
 from microbat.formats.block import join_blocks, split_blocks
 from microbat.formats.microscaling import MXFP4
@@ -42,7 +42,7 @@ def main(size: int = 2048, rounds: int = 5, threads: int = 1, device: str = "cpu
     steps["eager"] = quantized_step(block, arguments, x, eager=True)
     times = best_times(steps, rounds=rounds, device=device)
     ratios = {"step / float": times["microbat"] / times["float"], "eager / step": times["eager"] / times["microbat"]}
-    print(f"{size} tokens, {threads} threads, {device}: float step {times['float'] * 1e3:.0f} ms")
+    print(f"{size} tokens, {threads} threads, {device}, {versions()}: float step {times['float'] * 1e3:.0f} ms")
     print(f"microbat: {ratios['step / float']:.2f} times the float step")
     print(f"eager reference: {ratios['eager / step']:.1f} times microbat's step")
     return ratios

@@ -18,7 +18,7 @@ import torch
 import typer
 from torch import Tensor
 
-from microbat.bench import best_times
+from microbat.bench import best_times, versions
 from microbat.formats.microscaling import MXFP4
 from microbat.quantizers import kernel
 from microbat.quantizers.base import AbsMax
@@ -106,7 +106,7 @@ def main(size: int = 4096, rounds: int = 15, threads: int = 1, device: str = "cp
         rounds=rounds,
         device=device,
     )
-    print(f"{size} x {size} float32, {threads} threads, {device}: copy {times['copy'] * 1e3:.2f} ms")
+    print(f"{size} x {size} float32, {threads} threads, {device}, {versions()}: copy {times['copy'] * 1e3:.2f} ms")
     times_copy = {name: seconds / times["copy"] for name, seconds in times.items() if name != "copy"}
     for name, ratio in times_copy.items():
         beside = f", {ratio / times_copy['fake']:.0f} times microbat's fake" if name in peers else ""

@@ -5,16 +5,16 @@ from statistics import median
 
 import torch
 
+from microbat.bench import versions
+
 CACHE = 256 << 20  # bytes written before every measurement, several times what an L2 cache holds
 
 
 def require_gpu() -> str:
-    """The GPU's name; leaves the program with a sentence where torch sees none."""
+    """The GPU's name and the versions; leaves the program with a sentence where torch sees none."""
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark measures a GPU, and torch sees none here (torch.cuda.is_available() is False)")
-    import triton
-
-    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
+    return f"{torch.cuda.get_device_name()}, {versions()}"
 
 
 def median_times(functions: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:

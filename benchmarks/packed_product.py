@@ -18,7 +18,7 @@ import torch
 import typer
 
 from microbat import native
-from microbat.bench import best_times
+from microbat.bench import best_times, versions
 from microbat.linear import SiteInput
 from microbat.quantizers.base import AbsMax
 from microbat.runtime.packed import PackedLinear
@@ -57,10 +57,12 @@ def main(rows: int = 14336, width: int = 4096, tokens: int = 1, rounds: int = 20
         sides["llama.cpp MXFP4"] = turning([llama_cpp(weight, x, GGML_MXFP4, threads) for _ in range(COPIES)])
     times = best_times(sides, rounds=rounds)
     print(
-        f"{tokens} x {width} times {rows} x {width}, {threads} threads, torch {torch.__version__}, backend {layers[0].backend}"
+        f"{tokens} x {width} times {rows} x {width}, {threads} threads, backend {layers[0].backend}; {versions('xllamacpp')}"
     )
+    others = [name for name in ("torch BF16", "llama.cpp MXFP4") if name in times]
     for name, seconds in times.items():
-        print(f"{name}: {seconds * 1e3:.2f} ms, {times['torch BF16'] / seconds:.2f} times as fast as torch BF16")
+        ratios = (f"{times[other] / seconds:.2f} times as fast as {other}" for other in others)
+        print(f"{name}: {seconds * 1e3:.2f} ms, {', '.join(ratios)}")
     return {name: times["torch BF16"] / seconds for name, seconds in times.items()}
 
 

@@ -3,10 +3,13 @@
 import importlib
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+
+from microbat.bench import Bench, Side
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -30,7 +33,23 @@ def test_fake_quantize(benchmark, capsys):
 def test_packed_product(benchmark, capsys):
     ratios = benchmark("packed_product").main(rows=64, width=128, rounds=2)
     assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios.values())
-    assert "times as fast as torch BF16" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "times as fast as torch BF16" in printed
+    assert f"microbat {version('microbat')}, torch {version('torch')}" in printed
+    assert ("times as fast as llama.cpp MXFP4" in printed) == ("xllamacpp" in printed)
+
+
+def test_whole_model(benchmark, monkeypatch, capsys):
+    whole_model = benchmark("whole_model")
+    sizes = {"online": 20_000, "checkpoint": 500_000, "libraries": 1_000_000, "loading": 4_000_000}
+    packed = Side(speed=30, weights=180_000, decoding=2_000_000, **sizes)
+    bf16 = Side(speed=20, weights=780_000, decoding=5_000_000, **sizes)
+    given = Bench(packed=packed, bf16=bf16, setting="microbat 0.1.0")
+    monkeypatch.setattr(whole_model, "bench", lambda folder, **options: given)
+    assert list(whole_model.main(Path("folder")).values()) == [1.5, 4, 1, 2.5, 4, 1]
+    assert "linear layers, with transforms and clips: packed 0.2 MB, BF16 0.8 MB, 4.00 times smaller" in (
+        capsys.readouterr().out
+    )
 
 
 def test_calibration_step(benchmark, capsys):

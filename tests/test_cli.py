@@ -176,7 +176,7 @@ def test_a_report_that_is_no_json(folder, tmp_path):
     ("command", "where", "advice"),
     [
         (("generate", "--prompt", "w1"), "microbat.pipeline.continuation", ("shorter --prompt", "--max-new-tokens")),
-        (("bench",), "microbat.bench._bench", ("fewer --prompt and --tokens",)),
+        (("bench",), "microbat.bench.read_contract", ("fewer --prompt and --tokens",)),
         (("eval",), "microbat.measure.evaluate", ("smaller --window",)),
         (("quantize", "--out", "OUT"), "microbat.pipeline.coverage", ("lower --max-seq-length",)),
         (("verify",), "microbat.verify._logits", ()),

@@ -35,6 +35,14 @@ from microbat.runtime.load import load, load_plain
 from microbat.runtime.packed import PackedLinear
 
 PACKAGES = ("microbat", "torch", "transformers", "triton")
+# What a side takes, and the number of it that says how much.
+SIZES = {
+    "linear layers, with transforms and clips": "linear",
+    "checkpoint": "checkpoint",
+    "peak memory while decoding": "decoding",
+    "peak memory while decoding, beyond the libraries": "model",
+    "peak memory while loading": "loading",
+}
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # proc(5); "5" sets VmHWM back
 
 
@@ -110,16 +118,14 @@ def bench(
     return Bench(
         packed=Side(speed=speed["packed"], **size, **memory[0], decoding=peaks[0]),
         bf16=Side(speed=speed["bf16"], weights=plain, checkpoint=checkpoint, **memory[1], decoding=peaks[1]),
-        setting=f"{tokens} tokens after {prompt}, best of {rounds}; {place}, backend {backends}; {versions(*PACKAGES)}",
+        setting=f"{tokens} tokens after {prompt}, best of {rounds}; {place}, backend {backends}; {versions()}",
     )
 
 
-def versions(*packages: str) -> str:
-    """Those of ``packages`` that are installed, each with its version."""
-    found = {
-        name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name.replace("-", "_"))
-    }
-    return ", ".join(f"{name} {version}" for name, version in found.items())
+def versions(*others: str) -> str:
+    """microbat's, torch's, transformers', Triton's and those of ``others``, of what is installed."""
+    names = [name for name in (*PACKAGES, *others) if importlib.util.find_spec(name)]
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def _process() -> ProcessPoolExecutor:

@@ -25,14 +25,6 @@ app = typer.Typer(
 )
 # A pipe or a file has no width of its own: tables are not cut there.
 console = Console(width=None if sys.stdout.isatty() else 200)
-# What `microbat bench` shows of a side, beside its speed.
-BENCHED = {
-    "linear layers": "linear",
-    "checkpoint": "checkpoint",
-    "peak memory while decoding": "decoding",
-    "of it beyond the libraries": "model",
-    "peak memory while loading": "loading",
-}
 NAMES = {"perplexity": "perplexity", "ratio": "times float", "kl": "KL (nats)", "recovery": "recovery %"}
 
 
@@ -481,7 +473,7 @@ def bench(
 
     Example: `microbat bench qwen-mxfp4 --threads 1`
     """
-    from microbat.bench import bench
+    from microbat.bench import SIZES, bench
     from microbat.pipeline import pick_device
 
     with _errors("bench", "fewer --prompt and --tokens", device=device):
@@ -498,7 +490,7 @@ def bench(
     for column in ("MB, if not said otherwise", "packed", "BF16", "packed / BF16"):
         table.add_column(column, justify="right" if table.columns else "left")
     table.add_row("tokens/s", f"{result.packed.speed:.2f}", f"{result.bf16.speed:.2f}", f"{result.ratio('speed'):.2f}")
-    for name, what in BENCHED.items():
+    for name, what in SIZES.items():
         sides = (f"{getattr(side, what) / 1e6:.1f}" for side in (result.packed, result.bf16))
         table.add_row(name, *sides, f"{result.ratio(what):.3f}")
     console.print(table)
