@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,13 @@ def test_the_peak_is_that_since_the_last_one():
     torch.ones(25_000_000)  # 100 MB, there for a moment
     assert before + 90e6 < _peak(cpu) < before + 200e6
     assert _peak(cpu) < before + 50e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
+def test_no_shard_stays_in_memory_beside_its_model(folder):
+    model = load(folder, dtype=torch.float32)  # as stored: norms, biases and clips need no conversion
+    assert "microbat-block" not in Path("/proc/self/maps").read_text()
+    del model
 
 
 def test_a_tied_head_is_in_memory_once(folder):

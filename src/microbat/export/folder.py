@@ -172,7 +172,7 @@ def _block_of(description: dict[str, Any], tensors: dict[str, Tensor], path: Pat
     description = description or OUTSIDE
     prefix = _inside(description["name"])
     tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    formats, sites, weights = instances("microbat.formats", BlockFormat), [], {}
+    formats, weights = instances("microbat.formats", BlockFormat), {}
     for key, num_experts in description.get("experts", {}).items():
         tensors[key] = torch.stack([tensors.pop(own) for own in _each(key, num_experts)])
     for entry in description["sites"]:
@@ -188,7 +188,9 @@ def _block_of(description: dict[str, Any], tensors: dict[str, Tensor], path: Pat
                         f"shard {path}: {prefix}{own} does not hold {stored['format']} codes ({error})"
                     ) from error
             weights[layer] = type(read[0]).stack(read) if len(stored["shape"]) == 3 else read[0]
-        sites.append(_read_site(entry, tensors, formats))
+    if prefix:  # each tensor that is kept as it was read would keep its block's whole shard in memory
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    sites = [_read_site(entry, tensors, formats) for entry in description["sites"]]
     biases = {layer: tensors[f"{layer}.bias"] for layer in description.get("biases", ())}
     quantized = QuantBlock(sites=tuple(sites), weights=weights, biases=biases)
     if "kv" in description:
