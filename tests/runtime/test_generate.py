@@ -5,8 +5,10 @@ import torch
 from typer.testing import CliRunner
 
 import microbat
-from microbat import pipeline
+from microbat import native, pipeline
 from microbat.cli import app
+from microbat.quantizers import kernel
+from microbat.runtime import packed
 from microbat.runtime.generate import generate
 from microbat.runtime.packed import PackedLinear
 
@@ -43,6 +45,37 @@ def test_the_verb_passes_on_how_to_load(tiny, text_file, tmp_path, monkeypatch):
     assert run()[::2] == (0, [torch.float32])
     code, output, *_ = run("--backend", "triton")
     assert (code, "backend 'triton' does not run mxfp4 on 'cpu'" in output) == (2, True)
+
+
+def test_without_a_compiler(tiny, text_file, tmp_path, monkeypatch):
+    """Nothing native and no torch.compile: the same bytes, and a model that runs from them."""
+    options = {"scheme": "W4A8KV4", "calibration": str(text_file), **FAST}
+    tokens = torch.randint(257, (1, 24), generator=torch.Generator().manual_seed(0))
+    out = microbat.quantize(tiny("qwen3"), out=tmp_path / "with", **options)
+    expected = microbat.load(out)(tokens).logits
+
+    def fails(function):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(native, "shared_object", lambda: None)
+    monkeypatch.setattr(torch, "compile", fails)
+    for module in (kernel, packed):
+        monkeypatch.setattr(module, "EAGER_BELOW", 0)
+    caches = (packed.best, packed._compiled_decode, kernel.can_compile)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="quantizers run eagerly"):
+            bare = microbat.quantize(tiny("qwen3"), out=tmp_path / "without", **options)
+        for shard in sorted(out.glob("microbat-*.safetensors")):
+            assert shard.read_bytes() == (bare / shard.name).read_bytes()
+        model = microbat.load(bare)
+        assert {m.backend for m in model.modules() if isinstance(m, PackedLinear)} == {"torch"}
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+        assert generate(model, pipeline.tokenizer_of(bare), "w1 w2", max_new_tokens=5)
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 def test_the_context_ends_it(tiny):

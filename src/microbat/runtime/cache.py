@@ -1,4 +1,9 @@
-"""A cache of transformers that keeps keys and values as packed codes and scales."""
+"""A cache of transformers that keeps keys and values as packed codes and scales.
+
+Attention is transformers' own and wants floats: at every token the codes of one layer after the other are decoded, all tokens of
+it, and dropped when the next layer's are. Between tokens there are codes alone; while one is made, one layer's floats too, and
+float32 copies of them while they are decoded.
+"""
 
 # Shapes: S sequences, H heads, L tokens, D lanes of a head.
 

@@ -16,6 +16,11 @@ the layer's dtype: in float32 the operands are the calibrated ones exactly and o
 output is within K 2^-24 sum |x w| of the exact one (``reference.bound``); in BF16 MX and integer values are exact as
 well, NVFP4's are rounded, and so is the output. Sums of integers are exact: (sum * token's scale) * row's scale + bias, in
 float32, whatever the layer's dtype (``reference.integer_product``).
+
+The model is never unpacked to floats, nor is a layer. Beside the codes a thread holds one tile for each dtype, 4 MiB or one row
+where that is more, and a product its inputs, transformed, and its outputs. Triton's tiles are registers; folding alone
+(:mod:`microbat.runtime.gpu`) makes a layer's weight in FP8, a byte a number, while it multiplies more than 128 tokens.
+:mod:`microbat.bench` measures the peak.
 """
 
 # Shapes: T tokens, K in, N out, G groups along K.
