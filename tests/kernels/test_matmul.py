@@ -8,6 +8,7 @@ from microbat.formats.integer import INT4_GROUP, INT8_ROW
 from microbat.formats.microscaling import MXFP4, MXFP6_E3M2, MXFP8_E4M3, MXFP8_E5M2, MXINT8, NVFP4
 from microbat.formats.packing import pack
 from microbat.quantizers.base import AbsMax
+from microbat.runtime import reference
 
 triton = pytest.importorskip("triton")
 matmul = pytest.importorskip("microbat.kernels.matmul")
@@ -35,14 +36,9 @@ def tensor(format, rows, seed=0, *, exponents=0, values="float"):
     return q, (parts["weight" if "weight" in parts else "weight_packed"], parts["weight_scale"])
 
 
-def exact(x, w):
-    return x.double() @ w.double().T
-
-
-def assert_within_rounding(got, x, w):
-    """K roundings of float32 on the sum of magnitudes."""
-    bound = x.double().abs() @ w.double().abs().T * K * 2.0**-24
-    assert ((got - exact(x, w)).abs() <= bound).all()
+def assert_within_rounding(got, x, w, rows=slice(None)):
+    """Of the reference, for those ``rows`` of the weight."""
+    assert ((got - reference.product(x, w)).abs() <= reference.bound(x, w))[:, rows].all()
 
 
 @pytest.mark.parametrize("format", [MXFP4, NVFP4, MXFP6_E3M2, MXINT8, INT4_GROUP, INT8_ROW], ids=lambda f: f.name)
@@ -50,12 +46,11 @@ def assert_within_rounding(got, x, w):
 def test_operands_are_decoded_exactly(format, x_format):
     w, w_stored = tensor(format, N, exponents=5)
     if x_format is None:
-        x = x_values = torch.randn(T, K, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+        x = seen = torch.randn(T, K, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     else:
-        q, x = tensor(x_format, T, seed=1, exponents=5)
-        x_values = q.dequantize()
+        seen, x = tensor(x_format, T, seed=1, exponents=5)
     got = matmul.matmul(x, w_stored, width=K, format=format, x_format=x_format, outer=w.tensor_scale, **FLOAT32)
-    assert_within_rounding(got, x_values, w.dequantize())
+    assert_within_rounding(got, seen, w)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +60,7 @@ def test_block_scaled_products(x_format, format):
     """NVFP4 is not among them: Triton's interpreter takes its scales for powers of two. test_compiled.py sees its code."""
     (x, x_stored), (w, w_stored) = tensor(x_format, T, seed=1, exponents=5), tensor(format, N, exponents=5)
     got = matmul.scaled_matmul(x_stored, w_stored, width=K, format=format, x_format=x_format, dtype=torch.float32)
-    assert_within_rounding(got, x.dequantize(), w.dequantize())
+    assert_within_rounding(got, x, w)
 
 
 def test_a_block_scaled_product_of_two_kinds_of_scales_is_refused():
@@ -114,8 +109,8 @@ def test_folded_products_equal_the_exact_ones(exponents):
         x_stored, w_stored, width=K, format=MXFP4, x_format=MXFP4, folded_weight=folded, **FLOAT32
     )
     if exponents < 25:
-        assert torch.equal(got, exact(x.dequantize(), w.dequantize()).float())
-    assert_within_rounding(got, x.dequantize(), w.dequantize())
+        assert torch.equal(got, reference.product(x, w).float())
+    assert_within_rounding(got, x, w)
 
 
 def test_tiles_that_do_not_fold_are_multiplied_the_other_way():
@@ -127,14 +122,13 @@ def test_tiles_that_do_not_fold_are_multiplied_the_other_way():
     assert (folded.exact == 0).nonzero().flatten().tolist() == [140, 141]
     got = folding.folded_matmul(x_stored, w_stored, width=K, format=MXFP4, x_format=MXFP4, **FLOAT32)
     assert got[:, 141].isnan().all()
-    keep = torch.arange(N) != 141
-    assert_within_rounding(got[:, keep], x.dequantize(), w.dequantize()[keep])
+    assert_within_rounding(got, x, w, torch.arange(N) != 141)
 
 
 def test_mxfp8_activations_are_right_whether_they_fold_or_not():
     (x, x_stored), (w, w_stored) = tensor(MXFP8_E4M3, T, seed=1, exponents=9), tensor(MXFP4, N)
     got = folding.folded_matmul(x_stored, w_stored, width=K, format=MXFP4, x_format=MXFP8_E4M3, **FLOAT32)
-    assert_within_rounding(got, x.dequantize(), w.dequantize())
+    assert_within_rounding(got, x, w)
 
 
 def test_scales_that_are_no_powers_of_two_do_not_fold():

@@ -1,4 +1,5 @@
-"""The oracle of every kernel: a packed weight's product, as plain as it can be written."""
+"""The oracle of every kernel that multiplies: a packed weight's product, as plain as it can be written. Of those that round it is
+``AbsMax.quantize`` and ``Clip``, whose oracle are gfloat and ml_dtypes (tests/formats)."""
 
 # Shapes: T tokens, K in, N out.
 
