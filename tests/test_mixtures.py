@@ -207,7 +207,7 @@ def test_bench_counts_all_experts(made):
     folder, _ = made(*CASES[0])
     result = bench(folder, device=torch.device("cpu"), tokens=2, prompt=3, rounds=1)
     weights = 2 * (2 * 128 * 64 + 2 * 64 * 64 + 3 * 5 * 32 * 64)
-    assert (result.packed.weights, result.bf16.nbytes) == (weights * 8.25 / 8, weights * 2)
+    assert (result.packed.weights, result.bf16.weights) == (weights * 8.25 / 8, weights * 2)
 
 
 def test_a_float_producer_takes_the_scale_of_what_it_makes(tiny, text_file, tmp_path):
