@@ -128,9 +128,10 @@ def test_products_know_every_code(name, most):
         torch.testing.assert_close(y, x[:, at, None] * values * scale, rtol=1e-6, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("most", native.LEVELS[1:])
 @pytest.mark.parametrize(("name", "one"), [("mxfp4", 0x22), ("nvfp4", 0x22), ("int4", 0x11), ("mxfp8_e4m3", 0x38)])
-def test_products_know_every_scale(name, one):
-    """AVX2 as without it: rows of ones, nine blocks whose scale is the row's; NaN and the smallest too."""
+def test_products_know_every_scale(name, one, most):
+    """As without vectors: rows of ones, nine blocks whose scale is the row's; NaN and the smallest too."""
     format = formats()[name]
     count, dtype = {"nvfp4": (128, torch.uint8), "int4": (1 << 16, torch.uint16)}.get(name, (256, torch.uint8))
     width = format.block * 9
@@ -140,7 +141,7 @@ def test_products_know_every_scale(name, one):
         x = torch.zeros(1, width)
         x[0, group * format.block + 3] = 0.5
         ours, wanted = (
-            native.product(x, codes, scales, 1.0, format=format, most=most) for most in ("avx2", "portable")
+            native.product(x, codes, scales, 1.0, format=format, most=level) for level in (most, "portable")
         )
         torch.testing.assert_close(ours, wanted, rtol=0, atol=0, equal_nan=True)
         assert ours.isfinite().any()

@@ -693,7 +693,10 @@ struct ScalesE8M0 {
         std::conditional_t<BYTES == 4, uint32_t, uint16_t> bytes;
         std::memcpy(&bytes, scales, BYTES);
         const __m512i all = _mm512_set1_epi32(int(bytes));
-        return _mm512_castsi512_ps(_mm512_srli_epi32(_mm512_shuffle_epi8(all, spread), 1));
+        const __m512i subnormal = _mm512_set1_epi32(1 << 22);  // what code 0 means, and what makes a NaN of Inf
+        const __m512i bits = _mm512_max_epi32(_mm512_srli_epi32(_mm512_shuffle_epi8(all, spread), 1), subnormal);
+        const __mmask16 last = _mm512_cmpeq_epi32_mask(bits, _mm512_set1_epi32(EXPONENT));
+        return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, last, bits, subnormal));
     }
 };
 
