@@ -3,8 +3,6 @@
 import dataclasses
 import math
 import platform
-import resource
-import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from microbat.calibrate.job import Job, Record
+from microbat.calibrate.memory import peak_memory
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
 from microbat.methods.base import Quant
@@ -91,12 +90,8 @@ def report(
         ],
         "activations": pictures,
         "seconds": seconds,
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": peak_memory(),
     }
-
-
-def _peak_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def most_telling(records: Iterator[Record]) -> list[Record]:

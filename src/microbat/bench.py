@@ -14,8 +14,6 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
-import resource
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from microbat.calibrate.memory import peak_memory
 from microbat.export.folder import INDEX, read_contract
 from microbat.models.base import Checkpoint
 from microbat.runtime.cache import new_cache
@@ -192,7 +191,7 @@ def _peak(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return peak
     if not RESET.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak_memory()
     fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     if hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc keeps it for later: not what comes next takes
         ctypes.CDLL(None).malloc_trim(0)

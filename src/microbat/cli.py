@@ -28,6 +28,12 @@ console = Console(width=None if sys.stdout.isatty() else 200)
 NAMES = {"perplexity": "perplexity", "ratio": "times float", "kl": "KL (nats)", "recovery": "recovery %"}
 
 
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda ...")]
+Backend = Annotated[
+    str, typer.Option(help="What multiplies by the packed bits: auto, native, triton, torch; `microbat inspect` says.")
+]
+
+
 class Layout(StrEnum):
     """What ``microbat export`` writes."""
 
@@ -276,7 +282,7 @@ def evaluate(
     answers: Annotated[
         Path, typer.Option(help="Where finished answers are kept; an interrupted run goes on from them.")
     ] = Path("microbat-answers"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    device: Device = "auto",
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
 ) -> None:
     """Measure models side by side: perplexity, KL divergence and top-1 agreement with the float model, or benchmarks.
@@ -425,14 +431,11 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="At most so many; the end of the context ends it too.")
     ] = 128,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    device: Device = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Of all that is not in low-bit codes, and of larger products.")] = (
         Dtype.float32
     ),
-    backend: Annotated[
-        str,
-        typer.Option(help="What multiplies by the packed bits: auto, native, triton, torch; `microbat inspect` says."),
-    ] = "auto",
+    backend: Backend = "auto",
 ) -> None:
     """Continue a text, greedily, printed as it comes. A scheme with KV8 or KV4 keeps its cache in those bits.
 
@@ -462,11 +465,8 @@ def bench(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens before them.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Both sides take turns so many times; the best time counts.")] = 5,
     threads: Annotated[int, typer.Option(min=0, help="Threads of a CPU; 0: torch's own number.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
-    backend: Annotated[
-        str,
-        typer.Option(help="What multiplies by the packed bits: auto, native, triton, torch; `microbat inspect` says."),
-    ] = "auto",
+    device: Device = "auto",
+    backend: Backend = "auto",
 ) -> None:
     """Decoding speed, peak memory and sizes on this machine: the packed folder beside the model in BF16, each in a process of
     its own.

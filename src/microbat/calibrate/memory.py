@@ -5,7 +5,9 @@
 import math
 import mmap
 import os
+import resource
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,3 +103,8 @@ def _limit(group: Path) -> Iterator[tuple[int, int]]:
         if limit != "max":
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             yield int(limit), int((group / usage_file).read_text()) - sum(int(stat[name]) for name in caches)
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
