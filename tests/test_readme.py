@@ -9,7 +9,7 @@ from typer.main import get_command
 from microbat.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(str(file.relative_to(ROOT)) for file in sorted(ROOT.glob("docs/*.md"))))
 
 
 def commands(document: str, program: str) -> list[str]:
