@@ -170,6 +170,8 @@ def test_a_report_that_is_no_json(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "q")
     (copy / "report.json").write_text("{")
     assert f"{copy / 'report.json'} is not JSON" in run("inspect", copy, code=2)
+    (copy / "report.json").write_text("{}")
+    assert f"{copy / 'report.json'}: entry 'model' is missing" in run("inspect", copy, code=2)
 
 
 @pytest.mark.parametrize(

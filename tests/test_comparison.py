@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -215,6 +216,20 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(content, tmp_path):
     assert broken["failed"] == {"0": "a width of 64 does not split into transform blocks of 128"}
     assert "ratio" not in broken
     assert "failed: seed 0: a width of 64" in (out / "comparison.html").read_text()
+
+
+def test_a_cell_that_does_not_fit_the_device_stops_no_other(content, tmp_path, monkeypatch):
+    run = pipeline.run
+
+    def short_of_memory(recipe, *rest, **options):
+        if recipe.method == "rtn":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(recipe, *rest, **options)
+
+    monkeypatch.setattr(pipeline, "run", short_of_memory)
+    result = microbat.compare(save(content, tmp_path), out=tmp_path / "out", quick=True)
+    assert entry(result, "RTN")["failed"] == {"0": "CUDA out of memory"}
+    assert any("ratio" in other for other in result["groups"][0]["entries"])
 
 
 def test_the_command_prints_the_table_and_says_where_the_rest_is(content, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import microbat
-from microbat import pipeline
+from microbat import account, pipeline
 from microbat.export import folder as folders
 from microbat.models.base import Checkpoint
 from microbat.models.llama import LLAMA
@@ -151,6 +151,19 @@ def test_size_is_close_to_the_formats_bits(tiny, text_file, tmp_path):
     stored = sum((out / folders.block_shard(i)).stat().st_size for i in range(2))
     assert all(layer["bits"] == 4.25 for layer in content["layers"])
     assert stored < content["bytes"]["quantized_layers"] + content["bytes"]["transforms"] + 20_000  # norms and headers
+
+
+@pytest.mark.parametrize(("method", "stage"), [("spinquant", "rotation"), ("batquant", "distillation")])
+def test_the_time_of_calibration_has_what_was_done_to_the_whole_model(tiny, text_file, tmp_path, method, stage):
+    settings = {"steps": 2} if method == "spinquant" else {"epochs": 1, "distill_epochs": 1}
+    out = microbat.quantize(
+        tiny(), out=tmp_path / "q", method=method, calibration=str(text_file), settings=settings, **FAST
+    )
+    report = account.read_report(out)
+    blocks = sum(block["seconds"] for block in report["blocks"])
+    assert report[stage]["seconds"] > 0
+    assert account.calibration_seconds(report) == pytest.approx(blocks + report[stage]["seconds"])
+    assert account.calibration_seconds(report) < report["seconds"]
 
 
 class TestBadInput:

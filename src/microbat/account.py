@@ -13,6 +13,7 @@ from torch import Tensor
 
 from microbat.calibrate.job import Job, Record
 from microbat.calibrate.memory import peak_memory
+from microbat.documents import read_json
 from microbat.export import folder as folders
 from microbat.linear import QuantBlock
 from microbat.methods.base import Quant
@@ -22,6 +23,20 @@ from microbat.recipe import Recipe
 from microbat.report.activations import activation_record
 from microbat.scheme import Scheme
 
+# Entries of report.json that commands read.
+READ = (
+    "model",
+    "family",
+    "method",
+    "solver",
+    "scheme",
+    "recipe",
+    "bits_per_weight",
+    "bytes",
+    "layers",
+    "blocks",
+    "activations",
+)
 PICTURED_LAYERS = 3  # worst activations that the report shows, beside the one that every run shows
 
 
@@ -92,6 +107,21 @@ def report(
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(),
     }
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """report.json of ``folder``. Raises ValueError, naming file and entry, where it is not what :func:`report` made."""
+    content = read_json(folder / "report.json")
+    for name in READ:
+        if name not in content:
+            raise ValueError(f"{folder / 'report.json'}: entry {name!r} is missing; microbat did not write it so")
+    return content
+
+
+def calibration_seconds(report: dict[str, Any]) -> float:
+    """What calibration took, however often it was interrupted: the blocks, and what was done to the whole model."""
+    stages = [*report["blocks"], report.get("rotation"), report.get("distillation")]
+    return sum(stage["seconds"] for stage in stages if stage)
 
 
 def most_telling(records: Iterator[Record]) -> list[Record]:

@@ -15,8 +15,6 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from microbat.documents import read_json
-
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -140,6 +138,7 @@ def quantize(
     Example: `microbat quantize Qwen/Qwen3-0.6B --scheme W4A4KV16 --out qwen-mxfp4`
     """
     from microbat import pipeline
+    from microbat.account import read_report
     from microbat.recipe import Recipe, parse_settings
 
     with _errors("quantize", "a lower --max-seq-length", "fewer --num-calibration-samples", device=device):
@@ -172,7 +171,7 @@ def quantize(
             console.print(f"{why}: blocks are calibrated in order, by one process", soft_wrap=True, highlight=False)
         folder = pipeline.run(chosen, out, workers=workers, address=address)
         page = pipeline.write_report(folder)
-    content = read_json(folder / "report.json")
+    content = read_report(folder)
     for reason in content["recipe"].get("calibration_skipped", ()):
         console.print(f"left out: {reason}", style="yellow", highlight=False, markup=False)
     console.print(f"{folder}: {content['bits_per_weight']:.3f} bits per weight, report {page}", soft_wrap=True)
@@ -504,13 +503,14 @@ def bench(
 def inspect(folder: Annotated[Path, typer.Argument(help="A microbat folder.")]) -> None:
     """What is in a folder: bits per weight, sizes, formats, transforms with their parameter counts, per-layer errors, and
     the backend that runs each layer on this machine."""
+    from microbat.account import read_report
     from microbat.export.folder import read_contract
     from microbat.pipeline import pick_device
     from microbat.scheme import formats
 
     with _errors("inspect"):
         contract = read_contract(folder)
-        content = read_json(folder / "report.json")
+        content = read_report(folder)
     size = content["bytes"]
     console.print(
         f"[bold]{folder}[/]: {content['model']} ({content['family']}), "

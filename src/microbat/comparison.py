@@ -18,7 +18,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from microbat import measure, pipeline
+import torch
+
+from microbat import account, measure, pipeline
 from microbat.documents import read_json, write_json
 from microbat.evaluation.cases import cases
 from microbat.evaluation.scores import Scores, Tasks, recovered
@@ -41,8 +43,8 @@ def compare(
 
     ``model``, ``calibration`` and ``text`` replace the suite's own, ``quick`` takes its quick form. Raises ValueError, before
     any work, for whatever is wrong with the suite, and for a folder that holds another comparison. A cell that fails on the
-    way, say because its training diverges, is recorded with the reason and does not stop the others. Called by several
-    processes on one folder, they share the cells and return the same.
+    way, because its training diverges or the device has too little memory, is recorded with the reason and does not stop the
+    others. Called by several processes on one folder, they share the cells and return the same.
     """
     chosen = Suite.read(Path(suite), model=model, calibration=calibration, text=text, quick=quick)
     place = Path(out)
@@ -79,7 +81,7 @@ def _make(place: Path, cells: Sequence[Cell]) -> dict[str, str]:
             title = f"{missing.index(name) + 1}/{len(missing)} {name}"
             try:
                 pipeline.run(cell.recipe, _folder(place, cell), tokens=_tokens(place, cell), title=title)
-            except (ValueError, FloatingPointError) as error:
+            except (ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
                 failures[name] = str(error)
 
     def todo() -> list[str]:
@@ -250,9 +252,8 @@ def _entries(
             for metric in metrics:
                 stderrs = [run[f"{metric}_stderr"] for run in runs[-1]]
                 entry[metric] = asdict(estimate([run[metric] for run in runs[-1]], stderrs))
-            reports = [read_json(folder / "report.json") for folder in done]
-            seconds = [sum(block["seconds"] for block in report["blocks"]) for report in reports]
-            entry["seconds"] = sum(seconds) / len(seconds)
+            reports = [account.read_report(folder) for folder in done]
+            entry["seconds"] = fmean(account.calibration_seconds(report) for report in reports)
             entry["bits_per_weight"] = reports[0]["bits_per_weight"]
             if scores:
                 entry |= _scored([_numbers(folder)["tasks"]["result"] for folder in done], scores)
@@ -313,7 +314,7 @@ def _pictures(suite: Suite, place: Path, done: list[Cell]) -> list[dict[str, Any
     records: dict[str, dict[str, dict[str, Any]]] = {}
     for cell in done:
         if not cell.group and cell.recipe.scheme == suite.schemes[0] and cell.label not in records:
-            report = read_json(_folder(place, cell) / "report.json")
+            report = account.read_report(_folder(place, cell))
             records[cell.label] = {record["layer"]: record for record in report["activations"]}
     common = set.intersection(*(set(layers) for layers in records.values())) if records else set()
     layer = next((name for layers in records.values() for name in reversed(layers) if name in common), "")

@@ -159,7 +159,8 @@ def run(
         min_expert_tokens=recipe.min_expert_tokens,
         scratch=partial,
     )
-    job = dataclasses.replace(job, checkpoint=whole.rotated(job, _progress))
+    turned, rotated = whole.rotated(job, _progress)
+    job = dataclasses.replace(job, checkpoint=turned)
     keeper = _FolderKeeper(partial)
     ahead = crew and crew.ahead(keeper.has)
     with _progress(title or f"{recipe.method} {scheme.text}", len(job.checkpoint.blocks)) as progress:
@@ -180,7 +181,7 @@ def run(
     }
     others = sum(tensor.numel() for tensor in floats.values())
     report = account.report(recipe, job, records, outside, others, partial, made, time.perf_counter() - started)
-    report["distillation"] = distilled
+    report |= {"rotation": rotated, "distillation": distilled}
     folders.finish(
         partial,
         out,
@@ -272,7 +273,7 @@ def write_report(folder: str | Path, evaluation: dict[str, Any] | None = None) -
     """Write ``report.html`` into a microbat folder, with ``evaluation`` (from :func:`microbat.evaluate`) kept in report.json."""
     folder = Path(folder)
     folders.read_contract(folder)
-    content = read_json(folder / "report.json")
+    content = account.read_report(folder)
     if evaluation is not None:
         content["evaluation"] = evaluation
         write_json(folder / "report.json", content)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,22 +30,27 @@ ROTATION_FILE, DISTILLED_FILE = "rotation.safetensors", "distilled.json"
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int, float, float], None]]]
 
 
-def rotated(job: Job, bar: Bar) -> Checkpoint:
-    """The checkpoint rotated as the method wants it: as the interrupted run had it, or decided now and kept."""
+def rotated(job: Job, bar: Bar) -> tuple[Checkpoint, dict[str, Any]]:
+    """The checkpoint rotated as the method wants it, as the interrupted run had it or decided now and kept; and what the report
+    says of it, nothing where no method rotates."""
     file = job.scratch / ROTATION_FILE
     turning = [preparer for preparer in job.preparers if type(preparer).rotation is not Preparer.rotation]
     if not turning:
-        return job.checkpoint
+        return job.checkpoint, {}
     if not file.is_file():
+        started = time.perf_counter()
         with bar(f"{turning[0].name} rotation", 1) as progress:
             data = _data(job, progress)
             rotations = [r for r in (preparer.rotation(data) for preparer in turning) if r is not None]
         if not rotations:
-            return job.checkpoint
+            return job.checkpoint, {}
         tensors = {"stream": rotations[0].stream, "heads": rotations[0].heads}
-        save_file({k: t for k, t in tensors.items() if t is not None}, file.with_suffix(".tmp"))
+        spent = {"seconds": str(time.perf_counter() - started)}
+        save_file({k: t for k, t in tensors.items() if t is not None}, file.with_suffix(".tmp"), metadata=spent)
         os.replace(file.with_suffix(".tmp"), file)
-    return RotatedCheckpoint(job.checkpoint, Rotation(**load_file(file)))
+    with safe_open(file, "pt") as kept:
+        seconds = float(kept.metadata()["seconds"])
+    return RotatedCheckpoint(job.checkpoint, Rotation(**load_file(file))), {"seconds": seconds}
 
 
 def distilled(job: Job, outside: QuantBlock, bar: Bar) -> dict[str, Any]:
