@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import microbat
 from microbat.cli import app
-from microbat.export.folder import read_block
+from microbat.export.shard import read_block
 from microbat.kv import KVQuantizer
 from microbat.quantizers.base import AbsMax
 from microbat.runtime.load import load_dequantized

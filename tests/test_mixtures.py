@@ -18,8 +18,10 @@ from microbat.calibrate.coverage import coverage
 from microbat.cli import app
 from microbat.export import compressed_tensors, gguf
 from microbat.export import folder as folders
+from microbat.export import shard as shards
 from microbat.formats.packing import pack
-from microbat.models.base import DECODER_SITES, Checkpoint
+from microbat.models.base import DECODER_SITES
+from microbat.models.checkpoint import Checkpoint
 from microbat.runtime.load import load_dequantized
 from microbat.scheme import Scheme
 from microbat.verify import Altered, verify
@@ -81,7 +83,7 @@ def test_the_folder_computes_what_calibration_saw(made, family, method, scheme, 
 def test_every_expert_is_stored_on_its_own(made, family, method, scheme, settings):
     folder, _ = made(family, method, scheme, settings)
     shard = folder / folders.block_shard(1)
-    stored = folders.read_block(shard).quantized.weights
+    stored = shards.read_block(shard).quantized.weights
     number, inner = EXPERTS[family]
     with safe_open(shard, framework="pt") as file:
         for layer, shape in (("gate_proj", (inner, 64)), ("up_proj", (inner, 64)), ("down_proj", (64, inner))):

@@ -12,8 +12,9 @@ from microbat import pipeline
 from microbat.cli import app
 from microbat.export import as_it_is, compressed_tensors
 from microbat.export import folder as folders
+from microbat.export import shard as shards
 from microbat.formats.microscaling import MXFP4
-from microbat.models.base import Checkpoint
+from microbat.models.checkpoint import Checkpoint
 from microbat.quantizers.base import AbsMax
 from microbat.runtime.load import load_dequantized
 from microbat.runtime.packed import PackedLinear
@@ -31,7 +32,7 @@ def folder(tiny, text_file, tmp_path_factory):
 
 
 def test_the_head_is_rounded_to_nearest(folder, tiny):
-    stored = folders.read_block(folder / folders.OTHER_SHARD)
+    stored = shards.read_block(folder / folders.OTHER_SHARD)
     assert set(stored.quantized.weights) == {"lm_head"}
     assert set(stored.floats) == {"model.embed_tokens.weight", "model.norm.weight"}
     weight = Checkpoint(tiny()).tensor("lm_head.weight")
@@ -67,7 +68,7 @@ def test_an_altered_head_is_named(folder, tmp_path):
     copy = as_it_is.shutil.copytree(folder, tmp_path / "q")
     shard = copy / folders.OTHER_SHARD
     content = bytearray(shard.read_bytes())
-    codes = bytes(folders.read_shard(shard)[1]["lm_head.weight_packed"].numpy())
+    codes = bytes(shards.read_shard(shard)[1]["lm_head.weight_packed"].numpy())
     content[content.index(codes) + 5] ^= 1
     shard.write_bytes(content)
     with pytest.raises(Altered, match=r"microbat-other.safetensors: tensor lm_head.weight_packed was altered"):

@@ -17,7 +17,7 @@ import torch
 import microbat
 from microbat import account, pipeline
 from microbat.export import folder as folders
-from microbat.models.base import Checkpoint
+from microbat.models.checkpoint import Checkpoint
 from microbat.models.llama import LLAMA
 
 FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float32"}

@@ -25,7 +25,7 @@ from microbat.export import folder as folders
 from microbat.formats.microscaling import MXFP4
 from microbat.methods.base import Preparer
 from microbat.methods.rtn import RTN
-from microbat.models.base import Checkpoint
+from microbat.models.checkpoint import Checkpoint
 from microbat.models.padding import padded
 from microbat.quantizers.base import AbsMax
 from microbat.recipe import Recipe

@@ -26,7 +26,7 @@ from torch import nn
 
 from microbat.calibrate.memory import peak_memory
 from microbat.export.folder import INDEX, read_contract
-from microbat.models.base import Checkpoint
+from microbat.models.checkpoint import Checkpoint
 from microbat.runtime.cache import new_cache
 from microbat.runtime.composite import CompositeLinear
 from microbat.runtime.experts import PackedExperts

@@ -15,7 +15,8 @@ from microbat.evaluation.text import load_text
 from microbat.evaluation.windows import Windows, tokenize
 from microbat.evaluation.windows import windows as cut_windows
 from microbat.export import folder as folders
-from microbat.models.base import Checkpoint, Thinking, resolve
+from microbat.models.base import Thinking
+from microbat.models.checkpoint import Checkpoint, resolve
 from microbat.pipeline import load, pick_device, processor_of, tokenizer_of
 from microbat.registry import pick
 from microbat.runtime.cache import new_cache

@@ -29,8 +29,10 @@ from microbat.calibrate.stream import Sample
 from microbat.calibrate.workers import Workers
 from microbat.documents import read_json, write_json
 from microbat.export import folder as folders
+from microbat.export import shard as shards
 from microbat.linear import QuantBlock
-from microbat.models.base import Checkpoint, linear_layers, resolve
+from microbat.models.base import linear_layers
+from microbat.models.checkpoint import Checkpoint, resolve
 from microbat.models.padding import padded
 from microbat.models.processor import Processor
 from microbat.recipe import Recipe, describe, to_json
@@ -170,7 +172,7 @@ def run(
     distilled = whole.distilled(job, outside, _progress)
     beside = (name for name in checkpoint.names if not checkpoint.in_block(name))
     floats = {name: checkpoint.tensor(name) for name in beside if name.removesuffix(".weight") not in outside.weights}
-    folders.write_other(partial / folders.OTHER_SHARD, floats, outside)
+    shards.write_other(partial / folders.OTHER_SHARD, floats, outside)
     made = {
         "recipe": to_json(recipe),
         "methods": [describe(m) for m in (*preparers, solver)],
@@ -291,13 +293,13 @@ class _FolderKeeper:
 
     def load(self, index: int) -> tuple[QuantBlock, dict[str, Tensor], Record]:
         record = Record(**read_json(self._record(index)))
-        stored = folders.read_block(self.partial / folders.block_shard(index))
+        stored = shards.read_block(self.partial / folders.block_shard(index))
         return stored.quantized, stored.floats, record
 
     def save(self, index: int, block: QuantBlock, module: nn.Module, record: Record) -> None:
         write_json(self._record(index), dataclasses.asdict(record))
         path = self.partial / folders.block_shard(index)
-        folders.write_block(path, record.name, block, folders.float_tensors(module))
+        shards.write_block(path, record.name, block, shards.float_tensors(module))
 
     def finish(self, sample: Sample, outputs: Tensor) -> None:
         folders.write_proof(self.partial / folders.PROOF, sample, outputs)

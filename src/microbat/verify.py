@@ -36,7 +36,7 @@ from microbat.export import compressed_tensors, folder
 from microbat.export.targets import LAYOUT, TARGETS, format_reasons
 from microbat.formats.block import BlockFormat
 from microbat.linear import QuantLinear, SiteInput
-from microbat.models.base import Checkpoint, resolve
+from microbat.models.checkpoint import Checkpoint, resolve
 from microbat.quantizers.base import AbsMax
 from microbat.registry import instances, pick
 from microbat.runtime.load import assemble, load_dequantized

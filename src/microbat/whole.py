@@ -19,9 +19,10 @@ from torch import Tensor
 from microbat.calibrate.job import Job
 from microbat.documents import read_json, write_json
 from microbat.export import folder as folders
+from microbat.export.shard import float_tensors, read_block, write_block
 from microbat.linear import QuantBlock
 from microbat.methods.base import ModelData, Preparer, Student
-from microbat.models.base import Checkpoint
+from microbat.models.checkpoint import Checkpoint
 from microbat.models.rotation import RotatedCheckpoint, Rotation
 from microbat.runtime.load import assemble
 
@@ -85,7 +86,7 @@ def _distill(
     """Write the model of ``shards`` into ``renewed`` as distillation leaves it; its losses and its time."""
     started = time.perf_counter()
     data = _data(job, progress)
-    stored = [folders.read_block(shard) for shard in shards]
+    stored = [read_block(shard) for shard in shards]
     stored = [dataclasses.replace(block, quantized=block.quantized.thawed()) for block in stored]
     network = assemble(job.checkpoint, stored, outside=outside, device=job.device)
     blocks = [block.quantized for block in stored]
@@ -96,14 +97,14 @@ def _distill(
     )
     loss = [step for preparer in preparers for step in preparer.distill(data, student)]
     for (_, name), file, block in zip(job.checkpoint.blocks, renewed, blocks, strict=True):
-        folders.write_block(file, name, block, folders.float_tensors(network.get_submodule(name)))
+        write_block(file, name, block, float_tensors(network.get_submodule(name)))
     return {"loss": loss, "seconds": time.perf_counter() - started}
 
 
 @torch.no_grad()
 def _prove(job: Job, outside: QuantBlock, shards: list[Path]) -> None:
     """Renew the proof of a model whose shards have changed: what its last block makes of the first sequence."""
-    blocks = (folders.read_block(shard) for shard in shards)
+    blocks = (read_block(shard) for shard in shards)
     model = assemble(job.checkpoint, blocks, outside=outside, device=job.device)
     outputs: list[Tensor] = []
     model.get_submodule(job.checkpoint.family.blocks)[-1].register_forward_hook(

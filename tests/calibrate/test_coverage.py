@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from microbat.calibrate.coverage import coverage, summarized
 from microbat.cli import app
-from microbat.models.base import Checkpoint
+from microbat.models.checkpoint import Checkpoint
 from microbat.scheme import Scheme
 
 DOWN = "model.layers.0.mlp.down_proj"

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from microbat import pipeline
 from microbat.methods.gptaq import GPTAQ
-from microbat.models.base import Checkpoint
+from microbat.models.checkpoint import Checkpoint
 from microbat.recipe import Recipe
 from microbat.runtime.load import load_dequantized
 

@@ -11,7 +11,7 @@ import microbat
 from microbat.calibrate import engine, memory
 from microbat.calibrate.memory import allocate, free_memory, total_memory
 from microbat.calibrate.stream import Activations
-from microbat.models.base import Checkpoint
+from microbat.models.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 SHAPE = (6, 5, 7)

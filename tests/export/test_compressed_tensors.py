@@ -14,6 +14,7 @@ from torch import nn
 
 import microbat
 from microbat.export import folder as folders
+from microbat.export import shard as shards
 from microbat.export.compressed_tensors import (
     codes_digest,
     export,
@@ -189,7 +190,7 @@ def test_experts_are_stored_one_by_one_and_run(tiny, text_file, tmp_path, family
         pytest.skip("compressed-tensors has MXFP6 from 0.20")
     folder = quantized(tiny, text_file, tmp_path / "q", scheme, family)
     out = export(folder, tmp_path / "ct", target="transformers")
-    stored = folders.read_block(folder / folders.block_shard(1)).quantized.weights
+    stored = shards.read_block(folder / folders.block_shard(1)).quantized.weights
     place, names = EXPERTS[family]
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     file = load_file(out / index[f"model.layers.1.{place}.2.{names['up_proj']}.weight_packed"])

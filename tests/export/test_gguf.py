@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 import microbat
 from microbat.cli import app
-from microbat.export.folder import block_shard, read_block
+from microbat.export.folder import block_shard
 from microbat.export.gguf import export
+from microbat.export.shard import read_block
 from microbat.formats.block import BlockFormat, Level
 from microbat.formats.element import FP32, INT8
 from microbat.linear import SiteInput

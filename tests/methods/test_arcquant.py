@@ -10,6 +10,7 @@ import microbat
 from microbat import pipeline
 from microbat.cli import app
 from microbat.export import folder as folders
+from microbat.export import shard as shards
 from microbat.export.compressed_tensors import export
 from microbat.formats.microscaling import NVFP4
 from microbat.methods.arcquant import ARCQuant, Outliers
@@ -110,7 +111,7 @@ def test_the_folder_computes_what_calibration_saw(tiny, text_file, tmp_path, fam
         calibration=str(text_file),
         **FAST,
     )
-    blocks = [folders.read_block(out / folders.block_shard(i)).quantized for i in range(2)]
+    blocks = [shards.read_block(out / folders.block_shard(i)).quantized for i in range(2)]
     for index, block in enumerate(blocks):
         for site in block.sites:
             assert site.transform.name == "permutation"

@@ -13,7 +13,7 @@ from microbat.methods.gptq import GPTQ
 from microbat.methods.learn import drawn
 from microbat.methods.learned import Learned
 from microbat.methods.rtn import RTN
-from microbat.models.base import Checkpoint
+from microbat.models.checkpoint import Checkpoint
 from microbat.scheme import Scheme
 from microbat.transforms.kronecker import Kronecker
 

@@ -10,10 +10,12 @@ from safetensors import safe_open
 import microbat
 from microbat.calibrate.inputs import correction
 from microbat.export.compressed_tensors import export
-from microbat.export.folder import block_shard, read_block
+from microbat.export.folder import block_shard
+from microbat.export.shard import read_block
 from microbat.methods.base import SitePlan
 from microbat.methods.d2quant import D2Quant
-from microbat.models.base import DECODER_SITES, Checkpoint
+from microbat.models.base import DECODER_SITES
+from microbat.models.checkpoint import Checkpoint
 from microbat.models.llama import LLAMA
 from microbat.recipe import Recipe
 from microbat.runtime.fused import fuse, not_floats
@@ -169,7 +171,7 @@ def test_exports_refuse_the_bias(made, tmp_path):
 
 
 def test_a_bias_of_another_size_is_refused(made, tmp_path):
-    from microbat.export.folder import check_fit
+    from microbat.export.shard import check_fit
 
     shard = made / block_shard(0)
     stored = read_block(shard)

@@ -9,6 +9,7 @@ import torch
 import microbat
 from microbat import pipeline
 from microbat.export import folder as folders
+from microbat.export import shard as shards
 from microbat.runtime.load import load_dequantized
 from microbat.verify import verify
 
@@ -51,7 +52,7 @@ def test_it_nears_the_float_model_and_leaves_the_codes(tiny, text_file, tmp_path
     assert divergence(distilled) < 0.9 * divergence(blockwise)
     changed = set()
     for index in range(2):
-        before, after = (folders.read_shard(f / folders.block_shard(index))[1] for f in (blockwise, distilled))
+        before, after = (shards.read_shard(f / folders.block_shard(index))[1] for f in (blockwise, distilled))
         changed |= {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert not [name for name in changed if "weight_packed" in name or "weight_scale" in name]
     for part in ("sites.qkv.transform.A", "sites.down.clip", "kv.transform.B", "kv.value_clip", "q_norm.weight"):

@@ -9,12 +9,12 @@ import torch
 from microbat import native, pipeline
 from microbat.calibrate.engine import calibrate
 from microbat.calibrate.job import Job
-from microbat.export.folder import float_tensors
+from microbat.export.shard import float_tensors
 from microbat.formats.block import QTensor
 from microbat.linear import install
 from microbat.methods.base import ModelData, Preparer
 from microbat.methods.rtn import RTN
-from microbat.models.base import Checkpoint
+from microbat.models.checkpoint import Checkpoint
 from microbat.models.padding import padded
 from microbat.models.rotation import RotatedCheckpoint
 from microbat.quantizers.base import AbsMax

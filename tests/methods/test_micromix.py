@@ -11,6 +11,7 @@ import microbat
 from microbat import pipeline
 from microbat.cli import app
 from microbat.export import folder as folders
+from microbat.export import shard as shards
 from microbat.export.compressed_tensors import export
 from microbat.formats.composite import Composite, format_name, pack_parts, unpack_parts
 from microbat.formats.microscaling import MXFP4, MXFP6_E3M2, MXFP8_E4M3, NVFP4
@@ -164,7 +165,7 @@ def test_the_folder_computes_what_calibration_saw(tiny, text_file, tmp_path, sol
     assert verdict.passed
     assert verdict.layers == 14
     assert verdict.error < 1e-6
-    block = folders.read_block(out / folders.block_shard(0)).quantized
+    block = shards.read_block(out / folders.block_shard(0)).quantized
     assert all(isinstance(q, Composite) for q in block.weights.values())
     assert len({q.widths for q in block.weights.values()}) > 1
     report = json.loads((out / "report.json").read_text())

@@ -7,7 +7,7 @@ import torch
 
 import microbat
 from microbat.export.compressed_tensors import export
-from microbat.export.folder import read_block
+from microbat.export.shard import read_block
 from microbat.formats.ternary import TERNARY, TERNARY_G64
 from microbat.methods.base import Statistics
 from microbat.methods.gptq import GPTQ

@@ -8,7 +8,7 @@ from microbat.methods.base import ModelData
 from microbat.methods.brq import BRQ
 from microbat.methods.learn import cayley_step
 from microbat.methods.spinquant import SpinQuant
-from microbat.models.base import Checkpoint
+from microbat.models.checkpoint import Checkpoint
 from microbat.scheme import Scheme
 
 

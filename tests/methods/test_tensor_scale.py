@@ -7,6 +7,7 @@ import microbat
 from microbat.calibrate.experts import solve_experts
 from microbat.calibrate.fake import FakeWeights
 from microbat.export import folder as folders
+from microbat.export import shard as shards
 from microbat.export.compressed_tensors import export
 from microbat.formats.microscaling import MXFP4, NVFP4
 from microbat.methods.base import SitePlan, Statistics
@@ -114,7 +115,7 @@ def test_a_folder_s_layers_share_it_and_stock_vllm_is_not_refused_for_it(
     folder = microbat.quantize(
         tiny(), out=tmp_path / "q", scheme="W4A16:nvfp4", method=method, calibration=str(text_file), **options, **sizes
     )
-    block = folders.read_block(folder / folders.block_shard(1)).quantized
+    block = shards.read_block(folder / folders.block_shard(1)).quantized
     for site in block.sites:
         assert len({block.weights[path].tensor_scale.item() for path in site.consumers}) == 1
     assert len({q.tensor_scale.item() for q in block.weights.values()}) == len(block.sites)

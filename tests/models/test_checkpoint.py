@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import microbat
-from microbat.models.base import WEIGHTS_INDEX, Checkpoint
+from microbat.models.checkpoint import WEIGHTS_INDEX, Checkpoint
 
 NORM = "model.norm.weight"
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from microbat.models.base import WEIGHTS_INDEX, Checkpoint, families
+from microbat.models.base import families
+from microbat.models.checkpoint import WEIGHTS_INDEX, Checkpoint
 from microbat.models.layout import Layout, sources, stored_form
 from microbat.models.mixtral import MIXTRAL
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from microbat import comparison, measure, pipeline
 from microbat.methods.base import ModelData
 from microbat.methods.quarot import QuaRot
-from microbat.models.base import Checkpoint, family_of
+from microbat.models.base import family_of
+from microbat.models.checkpoint import Checkpoint
 from microbat.models.rotation import RotatedCheckpoint
 from microbat.recipe import Recipe
 from microbat.scheme import Scheme

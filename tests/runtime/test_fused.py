@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import microbat
-from microbat.export.folder import block_shard, read_block
+from microbat.export.folder import block_shard
+from microbat.export.shard import read_block
 from microbat.kv import KVQuantizer
 from microbat.runtime.fused import TokenCache, experts, fuse, locate, not_floats
 
@@ -130,7 +131,7 @@ def test_names_of_modules_find_their_layers():
 
 def test_floats_are_left_to_the_engine(folder):
     from microbat.export.folder import INDEX
-    from microbat.models.base import Checkpoint
+    from microbat.models.checkpoint import Checkpoint
 
     names = {*Checkpoint(folder, index=INDEX).names, "tokens", "outputs"}
     packed = [f"{i}.{path}" for i in (0, 1) for path in read_block(folder / block_shard(i)).quantized.weights]

@@ -7,7 +7,8 @@ from torch import nn
 
 from microbat.calibrate.outside import asked
 from microbat.experts import ExpertLinear
-from microbat.models.base import Checkpoint, linear_layers
+from microbat.models.base import linear_layers
+from microbat.models.checkpoint import Checkpoint
 from microbat.scheme import Scheme
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from microbat.calibrate.pairs import HUB_PAIRS, are_pairs
 from microbat.calibrate.stream import Sample
-from microbat.models.base import Checkpoint
+from microbat.models.checkpoint import Checkpoint
 from microbat.registry import unknown
 
 HUB_TEXTS = {

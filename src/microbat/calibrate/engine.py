@@ -42,7 +42,8 @@ from microbat.calibrate.stream import Activations, Passage, passage
 from microbat.experts import ExpertLinear
 from microbat.linear import QuantBlock, install
 from microbat.methods.base import Method
-from microbat.models.base import Checkpoint, Stack, linear_layers
+from microbat.models.base import Stack, linear_layers
+from microbat.models.checkpoint import Checkpoint
 from microbat.scheme import Scheme
 
 

@@ -16,7 +16,8 @@ from microbat.calibrate.inputs import watch
 from microbat.calibrate.stream import Activations, Sample
 from microbat.linear import QuantBlock
 from microbat.methods.base import Plan, Preparer, Quant, Solver
-from microbat.models.base import Checkpoint, Stack
+from microbat.models.base import Stack
+from microbat.models.checkpoint import Checkpoint
 from microbat.scheme import Scheme
 
 Precision = Literal["float32", "bfloat16"]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from microbat.linear import QuantBlock, QuantSite, install
-from microbat.models.base import Checkpoint
+from microbat.models.checkpoint import Checkpoint
 from microbat.scheme import Scheme, matches
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from microbat.calibrate.stream import Sample
-from microbat.models.base import Checkpoint
+from microbat.models.checkpoint import Checkpoint
 from microbat.models.processor import FILES, Processor, has_processor
 
 HUB_PAIRS = {"gqa": ("lmms-lab/GQA", "train_balanced_images", "train_balanced_instructions", "train")}

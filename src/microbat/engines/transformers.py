@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from microbat.engines.base import Engine, Run, watched
-from microbat.models.base import auto_class
+from microbat.models.checkpoint import auto_class
 
 
 class Transformers(Engine):

@@ -4,7 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
-from microbat.export.folder import OTHER_SHARD, read_block, read_checkpoint, read_shard
+from microbat.export.folder import OTHER_SHARD, read_checkpoint
+from microbat.export.shard import read_block, read_shard
 from microbat.export.targets import AS_IT_IS, outside_reasons, target_of, tower_reasons
 
 

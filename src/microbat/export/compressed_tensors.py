@@ -39,13 +39,15 @@ from torch import Tensor, nn
 from microbat.documents import read_json, write_json
 from microbat.experts import ExpertLinear
 from microbat.export import folder as folders
-from microbat.export.folder import StoredBlock, digest, read_block, read_checkpoint, read_contract
+from microbat.export.folder import read_checkpoint, read_contract
+from microbat.export.shard import StoredBlock, digest, read_block
 from microbat.export.targets import LAYOUT, reasons_against, target_of
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.formats.element import BF16, E2M1, E4M3, E8M0
 from microbat.formats.packing import pack, pack_bits, unpack, unpack_bits
 from microbat.linear import QuantBlock, QuantSite
-from microbat.models.base import WEIGHTS_INDEX, Checkpoint, Family
+from microbat.models.base import Family
+from microbat.models.checkpoint import WEIGHTS_INDEX, Checkpoint
 from microbat.quantizers.base import AbsMax
 from microbat.registry import instances, pick
 

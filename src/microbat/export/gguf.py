@@ -19,11 +19,12 @@ from torch import Tensor
 
 from microbat.documents import read_json
 from microbat.export import folder as folders
-from microbat.export.folder import read_block, read_checkpoint, read_contract
+from microbat.export.folder import read_checkpoint, read_contract
+from microbat.export.shard import read_block
 from microbat.export.targets import reasons_against, target_of
 from microbat.formats.block import QTensor
 from microbat.formats.element import E8M0
-from microbat.models.base import Checkpoint
+from microbat.models.checkpoint import Checkpoint
 
 BLOCK = 32
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from microbat.export.folder import StoredBlock
+from microbat.export.shard import StoredBlock
 from microbat.linear import QuantBlock, QuantSite
 from microbat.models.base import Family
 from microbat.quantizers.clip import Clip

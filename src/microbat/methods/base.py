@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from microbat.formats.block import QTensor
 from microbat.formats.composite import Composite
 from microbat.kv import KVQuantizer
-from microbat.models.base import Checkpoint, Site
+from microbat.models.base import Site
+from microbat.models.checkpoint import Checkpoint
 from microbat.models.rotation import Rotation
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip, clipped, rounding

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from microbat.documents import read_json
-from microbat.models.base import Checkpoint, Stack
+from microbat.models.base import Stack
+from microbat.models.checkpoint import Checkpoint
 
 
 class PaddedCheckpoint(Checkpoint):

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microbat.models.base import Checkpoint
+from microbat.models.checkpoint import Checkpoint
 
 ROWS = 4096  # of an embedding or a head, rotated at a time
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from microbat.experts import ExpertLinear, Experts
-from microbat.export.folder import PACKED, StoredBlock
+from microbat.export.shard import PACKED, StoredBlock
 from microbat.kv import KVQuantizer
 from microbat.linear import QuantBlock, SiteInput, install
 from microbat.runtime.composite import packed_linear

@@ -8,18 +8,11 @@ import torch
 from torch import nn
 
 from microbat.experts import ExpertLinear
-from microbat.export.folder import (
-    OTHER_SHARD,
-    StoredBlock,
-    block_shard,
-    check_fit,
-    is_quantizers,
-    read_block,
-    read_checkpoint,
-)
+from microbat.export.folder import OTHER_SHARD, block_shard, read_checkpoint
+from microbat.export.shard import StoredBlock, check_fit, is_quantizers, read_block
 from microbat.kv import KVQuantizer
 from microbat.linear import Linear, QuantBlock, QuantLinear, dequantized, install
-from microbat.models.base import Checkpoint
+from microbat.models.checkpoint import Checkpoint
 from microbat.quantizers.residual import Residual
 from microbat.runtime.composite import packed_linear
 from microbat.runtime.packed import Head

@@ -20,21 +20,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from microbat.experts import ExpertLinear
-from microbat.export.folder import (
-    INDEX,
-    OTHER_SHARD,
-    StoredBlock,
-    block_shard,
-    check_fit,
-    check_shards,
-    given_biases,
-    quantized_layers,
-    read_block,
-)
+from microbat.export.folder import INDEX, OTHER_SHARD, block_shard, check_shards
 from microbat.export.schema import QUANT_METHOD, check_contract
+from microbat.export.shard import StoredBlock, check_fit, given_biases, quantized_layers, read_block
 from microbat.linear import install
 from microbat.models.attention import attention_function
-from microbat.models.base import Checkpoint, block_names, family_of, hold_experts
+from microbat.models.base import block_names, family_of, hold_experts
+from microbat.models.checkpoint import Checkpoint
 from microbat.runtime.composite import packed_linear
 
 

@@ -38,21 +38,13 @@ from vllm.utils.torch_utils import (
     is_quantized_kv_cache,
 )
 
-from microbat.export.folder import (
-    INDEX,
-    OTHER_SHARD,
-    StoredBlock,
-    block_shard,
-    check_shards,
-    given_biases,
-    quantized_layers,
-    read_block,
-    read_shard,
-)
+from microbat.export.folder import INDEX, OTHER_SHARD, block_shard, check_shards
 from microbat.export.schema import QUANT_METHOD, check_contract
+from microbat.export.shard import StoredBlock, given_biases, quantized_layers, read_block, read_shard
 from microbat.formats.block import BlockFormat
 from microbat.formats.scales import sees_tensor
-from microbat.models.base import Checkpoint, family_of, resolve
+from microbat.models.base import family_of
+from microbat.models.checkpoint import Checkpoint, resolve
 from microbat.registry import instances
 from microbat.runtime.fused import TokenCache, experts, fuse, locate, not_floats
 
