@@ -279,6 +279,22 @@ def test_benchmarks_give_recovery(content, tmp_path, monkeypatch):
     assert len(asked) == 3
 
 
+def test_a_difference_that_every_item_bears_out_is_one(content, tmp_path, monkeypatch):
+    """Where the items are known, what they have in common is no noise: 95 and 90 of 100, the same 90 among them."""
+    right = {"float": 100, "RTN": 90, "BATQuant": 95}
+
+    def score(model, tasks, *, answers):
+        name = next((label for label in right if Path(model).name.startswith(label.lower())), "float")
+        items = [float(i < right[name]) for i in range(100)]
+        return {"piqa": {"score": sum(items) / 100, "stderr": 0.05, "items": [items]}}
+
+    monkeypatch.setattr(measure, "task_scores", score)
+    evaluation = {**content["evaluation"], "tasks": ["piqa"]}
+    result = microbat.compare(save({**content, "evaluation": evaluation}, tmp_path), out=tmp_path / "out", quick=True)
+    assert entry(result, "BATQuant")["standing"]["recovery"] == "best"
+    assert entry(result, "RTN")["standing"]["recovery"] == "behind"
+
+
 def test_answers_in_the_models_own_words_are_kept_apart_for_each_way_of_drawing_them(content, tmp_path, monkeypatch):
     (tmp_path / "gsm8k").mkdir()
     rows = [{"question": f"How many is {i}?", "answer": f"#### {i}"} for i in range(1, 4)]

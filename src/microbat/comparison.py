@@ -23,7 +23,7 @@ import torch
 from microbat import account, measure, pipeline
 from microbat.documents import read_json, write_json
 from microbat.evaluation.cases import cases
-from microbat.evaluation.scores import Scores, Tasks, recovered
+from microbat.evaluation.scores import Scores, Tasks, recovered, recovered_items
 from microbat.evaluation.spread import Estimate, estimate, indistinct, overlap
 from microbat.recipe import describe, to_json
 from microbat.report.comparison import write_comparison
@@ -231,7 +231,7 @@ def _entries(
     for label, scheme in dict.fromkeys((cell.label, cell.recipe.scheme) for cell in cells):
         own = [cell for cell in cells if (cell.label, cell.recipe.scheme) == (label, scheme)]
         done = [_folder(place, cell) for cell in own if cell.name not in failures]
-        runs.append([_numbers(folder)["quality"]["result"] if metrics else {} for folder in done])
+        runs.append([_run(folder, bool(metrics), scores) for folder in done])
         preparers, solver = own[0].recipe.methods()
         family = (preparers, own[0].recipe.scale_rule)
         families += [family] if family not in families else []
@@ -267,6 +267,15 @@ def _entries(
     return entries
 
 
+def _run(folder: Path, on_text: bool, reference: dict[str, Any]) -> dict[str, Any]:
+    """What one run was measured to be: on the text, and ``recovered``, the items of its recovery where it and they are known."""
+    numbers = _numbers(folder)
+    own = numbers["tasks"]["result"] if reference else {}
+    known = own and recovered(own, reference) is not None
+    quality = numbers["quality"]["result"] if on_text else {}
+    return {**quality, "recovered": recovered_items(own, reference) if known else None}
+
+
 def _scored(runs: list[Scores], reference: Scores) -> dict[str, Any]:
     """Each benchmark's score, and recovery where it has a meaning, over the runs."""
     found = [recovered(run, reference) for run in runs]
@@ -300,13 +309,16 @@ def _rank(key: str, measured: list[tuple[dict[str, Any], list[dict[str, Any]]]])
         if on_text := [(entry, runs) for entry, runs in measured if metric in entry]:
             best, best_runs = min(on_text, key=lambda pair: pair[0][metric]["value"])
             for entry, runs in on_text:
-                same = indistinct([run[per_window] for run in runs], [run[per_window] for run in best_runs])
+                same = indistinct([[run[per_window]] for run in runs], [[run[per_window]] for run in best_runs])
                 entry[key][metric] = "best" if entry is best else "tied" if same else "behind"
-    scored = [(entry, Estimate(**entry["recovery"])) for entry, _ in measured if "recovery" in entry]
-    if scored:
-        best, top = max(scored, key=lambda pair: pair[1].value)
-        for entry, value in scored:
-            entry[key]["recovery"] = "best" if entry is best else "tied" if overlap(value, top) else "behind"
+    if scored := [(entry, runs) for entry, runs in measured if "recovery" in entry]:
+        best, best_runs = max(scored, key=lambda pair: pair[0]["recovery"]["value"])
+        for entry, runs in scored:
+            if all(run["recovered"] for run in (*runs, *best_runs)):
+                same = indistinct([run["recovered"] for run in runs], [run["recovered"] for run in best_runs])
+            else:
+                same = overlap(Estimate(**entry["recovery"]), Estimate(**best["recovery"]))
+            entry[key]["recovery"] = "best" if entry is best else "tied" if same else "behind"
 
 
 def _pictures(suite: Suite, place: Path, done: list[Cell]) -> list[dict[str, Any]]:

@@ -54,6 +54,7 @@ def test_the_mean_is_over_problems_and_so_is_its_error(score):
     shares = [sum(kept[id_, s]["score"] == 1 for s in range(3)) / 3 for id_ in ids]
     assert result["score"] == pytest.approx(sum(shares) / 5)
     assert result["stderr"] == pytest.approx(statistics.stdev(shares) / 5**0.5)
+    assert result["items"] == [pytest.approx(shares)]
     assert result["unparsed"] == sum(row["score"] is None for row in kept.values()) > 0
     assert result["truncated"] == sum(row["truncated"] for row in kept.values()) > 0
     assert (result["n"], result["samples"]) == (5, 3)

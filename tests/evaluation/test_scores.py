@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from microbat.evaluation.generation import Answer, Sampling
-from microbat.evaluation.scores import Tasks, by_likelihood, recovered
+from microbat.evaluation.scores import Tasks, by_likelihood, recovered, recovered_items
+from microbat.evaluation.totals import summed
 from microbat.models.base import Thinking
 
 
@@ -17,6 +19,25 @@ def test_recovery_comes_with_the_error_of_its_scores():
     value, error = recovered({"a": score(0.6, 0.02), "b": score(0.5, 0.04)}, {"a": score(0.8), "b": score(0.5)})
     assert value == pytest.approx(87.5)
     assert error == pytest.approx(100 * ((0.02 / 0.8) ** 2 + (0.04 / 0.5) ** 2) ** 0.5 / 2)
+
+
+def test_what_both_sides_find_hard_is_no_error_of_recovery():
+    """Benchmarks whose items are known: the error is that of a ratio on the same items, and simulated draws of items agree."""
+    generator = torch.Generator().manual_seed(0)
+    given = (torch.rand(4000, generator=generator) < 0.75).double()
+    own = torch.where(torch.rand(4000, generator=generator) < 0.04, 1 - given, given)
+
+    def scored(items):
+        return {"a": {"score": items.mean().item(), "stderr": 0.01, "items": [items.tolist()]}}
+
+    value, error = recovered(scored(own), scored(given))
+    assert value == pytest.approx(100 * own.mean().item() / given.mean().item())
+    draws = torch.randint(4000, (2000, 4000), generator=generator)
+    again = 100 * own[draws].mean(1) / given[draws].mean(1)
+    assert error == pytest.approx(again.std().item(), rel=0.05)
+    assert error < 0.5 * 100 * 0.01 / 0.75
+    assert summed(recovered_items(scored(own), scored(given)))[0] == pytest.approx(value)
+    assert recovered_items({"a": score(0.6)}, {"a": score(0.8)}) is None
 
 
 def test_recovery_has_no_error_where_a_score_has_none_and_no_value_where_the_reference_is_none_or_0():

@@ -1,6 +1,7 @@
 """The harness's tasks on local copies: same prompts, same metrics, and all six run on a tiny model."""
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -125,8 +126,10 @@ def check_scores(scores, limit):
     assert sorted(scores) == TASKS
     for task, values in scores.items():
         metrics = {"acc"} if task in ("boolq", "winogrande") else {"acc", "acc_norm"}
-        assert set(values) == {"n"} | metrics | {f"{metric}_stderr" for metric in metrics}
+        assert set(values) == {"n", "items"} | metrics | {f"{metric}_stderr" for metric in metrics}
         assert values["n"] == limit
+        assert values["items"].keys() == metrics
+        assert all(statistics.fmean(items) == pytest.approx(values[m]) for m, items in values["items"].items())
         assert all(values[metric] * limit == round(values[metric] * limit) for metric in metrics)
 
 

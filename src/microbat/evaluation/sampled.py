@@ -15,7 +15,7 @@ from typing import Any
 from microbat.evaluation.generation import Generate, Request, Sampling
 from microbat.evaluation.problems import Benchmark, Problem
 from microbat.evaluation.progress import bar
-from microbat.evaluation.totals import summed
+from microbat.evaluation.totals import averaged, summed
 
 
 def run_sampled(
@@ -28,13 +28,14 @@ def run_sampled(
     *,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Avg@k of what ``generate`` answers to the ``problems`` of ``benchmark``: score, stderr, unparsed, truncated, samples, n.
+    """Avg@k of what ``generate`` answers to the ``problems`` of ``benchmark``: score, stderr, items and what was counted.
 
     ``score`` is the benchmark's total of the mean scores of each problem's answers, ``stderr`` its standard error over problems
-    (None where there is a single one). ``unparsed`` counts the answers in which the judge found nothing to judge, they add
-    nothing to ``score``; ``truncated`` those that ran out of tokens. ``by_task``, where the problems are of several tasks, has
-    each one's mean score, of 1, and number. ``model`` says whose answers ``file`` holds: ValueError where it holds those
-    of another model or sampling.
+    (None where there is a single one), ``items`` the groups of numbers whose means add up to it. ``unparsed`` counts the answers
+    in which the judge found nothing to judge, they add nothing to ``score``; ``truncated`` those that ran out of tokens;
+    ``samples`` a problem's answers, ``n`` the problems. ``by_task``, where the problems are of several tasks, has each one's
+    mean score, of 1, and number. ``model`` says whose answers ``file`` holds: ValueError where it holds those of another model
+    or sampling.
     """
     samples = sampling.samples or benchmark.samples
     kept = Kept(file, {"benchmark": benchmark.name, "model": model, **sampling.draws})
@@ -78,14 +79,17 @@ def _result(benchmark: Benchmark, problems: Sequence[Problem], rows: list[list[d
     """From the rows of each problem's answers."""
     scores = [[row["score"] or 0.0 for row in answers] for answers in rows]
     fields = [problem.fields for problem in problems]
-    score, stderr = summed([benchmark.total(fields, draw) for draw in zip(*scores, strict=True)])
+    groups = averaged([benchmark.total(fields, draw) for draw in zip(*scores, strict=True)])
+    groups = [[benchmark.points * item for item in group] for group in groups]
+    score, stderr = summed(groups)
     every = [row for answers in rows for row in answers]
     tasks: dict[str, list[float]] = {}
     for problem, own in zip(problems, scores, strict=True):
         tasks.setdefault(problem.fields.get("task", ""), []).append(statistics.fmean(own))
     return {
-        "score": benchmark.points * score,
-        "stderr": None if stderr is None else benchmark.points * stderr,
+        "score": score,
+        "stderr": stderr,
+        "items": groups,
         "unparsed": sum(row["score"] is None for row in every),
         "truncated": sum(row["truncated"] for row in every),
         "samples": len(rows[0]),

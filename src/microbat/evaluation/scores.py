@@ -14,6 +14,7 @@ from microbat.evaluation.problems import Problem, load_problems
 from microbat.evaluation.quality import recovery
 from microbat.evaluation.sampled import run_sampled
 from microbat.evaluation.tasks import check_tasks, run_tasks
+from microbat.evaluation.totals import Groups, summed
 from microbat.models.base import Thinking
 
 Scores = dict[str, dict[str, Any]]  # benchmark -> score, stderr (None for a single item), and all else that was counted
@@ -99,15 +100,30 @@ def by_likelihood(names: Sequence[str]) -> list[str]:
 def recovered(scores: Mapping[str, Any], reference: Mapping[str, Any]) -> tuple[float, float | None] | None:
     """Recovery in per cent and its standard error; None where there is none: no reference, or one that scores 0 somewhere.
 
-    The error is that of ``scores``, the reference's being given; None where one of them has none.
+    The error is that of a ratio measured on the same items on both sides (to first order); where items are not known, that of
+    ``scores``, the reference's being given. None where one of them has none.
     """
     base = {name: score["score"] for name, score in reference.items()}
     if not base or not all(base.values()):
         return None
     value = recovery({name: score["score"] for name, score in scores.items()}, base)
+    own, given = recovered_items(scores, reference), recovered_items(reference, reference)
+    if own is not None and given is not None:
+        shares = [score["score"] / base[name] for name, score in scores.items() for _ in score["items"]]
+        pairs = zip(own, given, shares, strict=True)
+        excess = [[a - share * b for a, b in zip(mine, theirs, strict=True)] for mine, theirs, share in pairs]
+        return value, summed(excess)[1]
     if any(score["stderr"] is None for score in scores.values()):
         return value, None
     return value, 100 * math.hypot(*(s["stderr"] / base[name] for name, s in scores.items())) / len(scores)
+
+
+def recovered_items(scores: Mapping[str, Any], reference: Mapping[str, Any]) -> Groups | None:
+    """The recovery, in per cent, as groups of items whose means add up to it; None where a benchmark does not tell its items."""
+    if any("items" not in score for score in scores.values()):
+        return None
+    shares = {name: 100 / (len(scores) * reference[name]["score"]) for name in scores}
+    return [[shares[name] * item for item in group] for name, score in scores.items() for group in score["items"]]
 
 
 def _told(benchmark: Benchmark, problems: list[Problem], mode: str, suffix: str) -> tuple[Benchmark, list[Problem]]:
@@ -118,4 +134,6 @@ def _told(benchmark: Benchmark, problems: list[Problem], mode: str, suffix: str)
 def _headed(result: Mapping[str, Any]) -> dict[str, Any]:
     """``result`` behind its one score and standard error: length-normalised accuracy where it has that."""
     key = "acc_norm" if result.get("acc_norm") is not None else "acc"
-    return {"score": result[key], "stderr": result.get(f"{key}_stderr"), **result}
+    numbers = {name: value for name, value in result.items() if name != "items"}
+    items = {"items": [result["items"][key]]} if key in result["items"] else {}  # a group of tasks has none of its own
+    return {"score": result[key], "stderr": result.get(f"{key}_stderr"), **numbers, **items}

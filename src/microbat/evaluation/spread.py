@@ -4,12 +4,14 @@ Two things are random in a measured number: the text it was measured on, and the
 seen in the differences from window to window, the second in runs that differ by nothing but their seed.
 """
 
-# Shapes: R runs of one method (seeds), W windows.
+# Shapes: R runs of one method (seeds), G groups of I items (windows, problems), whose means add up to the number.
 
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from microbat.evaluation.totals import Groups, averaged, summed
 
 FACTOR = 2.0  # standard errors that a difference must exceed to count as one
 
@@ -30,20 +32,18 @@ def estimate(values: Sequence[float], stderrs: Sequence[float | None], over: str
     return Estimate(value=values[0], error=stderrs[0], over=over)
 
 
-def indistinct(one_RW: Sequence[Sequence[float]], other_RW: Sequence[Sequence[float]]) -> bool:
-    """Whether two methods' means, measured on the same windows, differ by no more than ``FACTOR`` times the noise.
+def indistinct(one_RGI: Sequence[Groups], other_RGI: Sequence[Groups]) -> bool:
+    """Whether two methods' numbers, measured on the same items, differ by no more than ``FACTOR`` times the noise.
 
-    The noise has three independent parts: the standard error over windows of the paired difference (of the means over
+    The noise has three independent parts: the standard error over items of the paired difference (of the means over
     runs), and each side's standard deviation over its runs, undivided: whoever quantizes a model has one run, not their
-    mean. From a single window nothing can be told.
+    mean. From a single item nothing can be told.
     """
-    one_W, other_W = ([statistics.fmean(column) for column in zip(*runs, strict=True)] for runs in (one_RW, other_RW))
-    difference_W = [a - b for a, b in zip(one_W, other_W, strict=True)]
-    if len(difference_W) < 2:
+    pairs = zip(averaged(one_RGI), averaged(other_RGI), strict=True)
+    difference, over_items = summed([[a - b for a, b in zip(*pair, strict=True)] for pair in pairs])
+    if over_items is None:
         return True
-    over_windows = statistics.stdev(difference_W) / math.sqrt(len(difference_W))
-    noise = math.hypot(over_windows, _over_runs(one_RW), _over_runs(other_RW))
-    return abs(statistics.fmean(difference_W)) <= FACTOR * noise
+    return abs(difference) <= FACTOR * math.hypot(over_items, _over_runs(one_RGI), _over_runs(other_RGI))
 
 
 def overlap(one: Estimate, other: Estimate) -> bool:
@@ -53,6 +53,6 @@ def overlap(one: Estimate, other: Estimate) -> bool:
     return abs(one.value - other.value) <= FACTOR * math.hypot(one.error, other.error)
 
 
-def _over_runs(values_RW: Sequence[Sequence[float]]) -> float:
-    means = [statistics.fmean(row) for row in values_RW]
-    return statistics.stdev(means) if len(means) > 1 else 0.0
+def _over_runs(runs_RGI: Sequence[Groups]) -> float:
+    numbers = [summed(run)[0] for run in runs_RGI]
+    return statistics.stdev(numbers) if len(numbers) > 1 else 0.0

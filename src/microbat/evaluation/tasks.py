@@ -33,8 +33,9 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 8,
     num_fewshot: int | None = None,
-) -> dict[str, dict[str, float]]:
-    """Scores of a loaded transformers causal LM, on its own device: task -> acc, acc_norm, acc_stderr, ..., n.
+) -> dict[str, dict[str, Any]]:
+    """Scores of a loaded transformers causal LM, on its own device: task -> acc, acc_norm, acc_stderr, ..., n, and
+    ``items``: acc and acc_norm of every document.
 
     With ``data``, a folder of local copies, only :func:`task_names` can be asked for and nothing is downloaded; without
     it, any task or group of the harness can, with the harness's own data from the hub. A task reports the metrics it
@@ -112,7 +113,7 @@ def _check_names(tasks: Iterable[str], known: Sequence[str]) -> None:
 
 def _run(
     model: nn.Module, tokenizer: Any, loaded: Any, limit: int | None, batch_size: int, num_fewshot: int | None
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """What lm_eval.simple_evaluate does, without its seeding of all global generators."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -126,11 +127,14 @@ def _run(
     try:
         with _errors_only(logging.getLogger("lm_eval")):  # it warns that a loaded model was passed, which is the plan
             wrapper = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        results = evaluate(lm=wrapper, task_dict=loaded, limit=limit, log_samples=False)
+        results = evaluate(lm=wrapper, task_dict=loaded, limit=limit, log_samples=True)
     finally:
         model.train(training)
-    counts = results["n-samples"]
-    return {task: _scores(metrics, counts.get(task)) for task, metrics in results["results"].items()}
+    counts, samples = results["n-samples"], results["samples"]
+    return {
+        task: _scores(metrics, counts.get(task)) | {"items": _items(samples.get(task, []))}
+        for task, metrics in results["results"].items()
+    }
 
 
 def _scores(metrics: dict[str, Any], counts: dict[str, int] | None) -> dict[str, float]:
@@ -144,6 +148,12 @@ def _scores(metrics: dict[str, Any], counts: dict[str, int] | None) -> dict[str,
         if "," in key and isinstance(value, int | float)
     }
     return numbers | ({"n": counts["effective"]} if counts else {})
+
+
+def _items(samples: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Each document's accuracies, in the order of the documents: metric -> numbers whose mean it is."""
+    plain = sorted((s for s in samples if s["filter"] == "none"), key=lambda sample: sample["doc_id"])
+    return {key: [float(s[key]) for s in plain] for key in ("acc", "acc_norm") if plain and key in plain[0]}
 
 
 @contextmanager

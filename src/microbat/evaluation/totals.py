@@ -24,11 +24,13 @@ def by_picture_and_task(fields: Sequence[Mapping[str, str]], scores: Sequence[fl
     return [[100 * (statistics.fmean(own) + min(own)) for own in pictures.values()] for pictures in tasks.values()]
 
 
-def summed(draws: Sequence[Groups]) -> tuple[float, float | None]:
-    """The score of several draws and its standard error over items, None where a group has a single one."""
-    groups = [
-        [statistics.fmean(values) for values in zip(*same, strict=True)] for same in zip(*draws, strict=True)
-    ]  # of each item, the mean over draws
+def averaged(draws: Sequence[Groups]) -> Groups:
+    """Of each item, the mean over draws."""
+    return [[statistics.fmean(values) for values in zip(*same, strict=True)] for same in zip(*draws, strict=True)]
+
+
+def summed(groups: Groups) -> tuple[float, float | None]:
+    """The score, the sum of the groups' means, and its standard error over items, None where a group has a single one."""
     score = sum(map(statistics.fmean, groups))
     if any(len(items) == 1 for items in groups):
         return score, None
