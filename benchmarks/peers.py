@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from microbat import Recipe, pipeline
+from microbat.account import processor
 from microbat.calibrate.data import Calibration
 from microbat.evaluation.quality import compare
 from microbat.export.folder import write_json
@@ -299,14 +300,6 @@ def _beside(row: dict[str, Any]) -> str:
         return ""
     error = "" if other["ratio_stderr"] is None else f" ± {other['ratio_stderr']:.3f}"
     return f"{other['ratio']:.3f}{error} ({other['tool']}, {other['method']})"
-
-
-def processor() -> str:
-    """The CPU's name, as the system knows it."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

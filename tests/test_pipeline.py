@@ -164,6 +164,8 @@ def test_the_time_of_calibration_has_what_was_done_to_the_whole_model(tiny, text
     assert report[stage]["seconds"] > 0
     assert account.calibration_seconds(report) == pytest.approx(blocks + report[stage]["seconds"])
     assert account.calibration_seconds(report) < report["seconds"]
+    assert report["machine"] == account.machine(torch.device("cpu"))
+    assert report["machine"] in microbat.write_report(out).read_text()
 
 
 class TestBadInput:

@@ -104,6 +104,7 @@ def report(
             {k: v for k, v in dataclasses.asdict(r).items() if k not in ("layers", "activations")} for r in records
         ],
         "activations": pictures,
+        "machine": machine(job.device),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(),
     }
@@ -155,6 +156,22 @@ def picture(layer: str, before: Tensor, after: Tensor, quantizer: Quant) -> dict
         inner.format.grid.tolist(),
         inner.format.block_of(before.shape[-1]),
     )
+
+
+def machine(device: torch.device) -> str:
+    """What a run took its time on: a GPU by name, or the processor and how many of its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{processor()}, {threads} {'thread' if threads == 1 else 'threads'}"
+
+
+def processor() -> str:
+    """The CPU's name, as the system knows it."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:

@@ -254,6 +254,7 @@ def _entries(
                 entry[metric] = asdict(estimate([run[metric] for run in runs[-1]], stderrs))
             reports = [account.read_report(folder) for folder in done]
             entry["seconds"] = fmean(account.calibration_seconds(report) for report in reports)
+            entry["machines"] = sorted({report["machine"] for report in reports if "machine" in report})
             entry["bits_per_weight"] = reports[0]["bits_per_weight"]
             if scores:
                 entry |= _scored([_numbers(folder)["tasks"]["result"] for folder in done], scores)

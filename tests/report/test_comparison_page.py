@@ -59,6 +59,7 @@ def entry(row: tuple, scheme: str, **varied: object) -> dict:
         "tasks": {"piqa": estimate(0.0069 * recovery, learned, "items"), "gsm8k": sampled(0.006 * recovery)},
         "recovery": estimate(recovery, learned, "items"),
         "seconds": 60 * minutes,
+        "machines": ["A processor, 2 threads"] if learned else ["NVIDIA H200"],
         "bits_per_weight": 4.25,
     }
 
@@ -127,6 +128,10 @@ def test_the_verdict_names_the_best_and_what_cannot_be_told_from_it(content):
         "Not distinguishable from it: BATQuant + GPTQ."
     )
     assert len(sentences) == 2
+
+
+def test_the_time_says_on_what(content):
+    assert "on A processor, 2 threads and NVIDIA H200" in render(content, [], [], "")
 
 
 def test_noise_is_marked_where_the_number_stands(content):

@@ -289,8 +289,10 @@ def _activations(records: list[dict]) -> str:
 
 def _time(entries: list[dict]) -> str:
     figure = figures.cost(entries)
+    machines = sorted({machine for entry in entries for machine in entry.get("machines", ())})
     how = (
-        "What a run took block by block, mean over its seeds; the time for making calibration text, which all share, is "
+        "What a run took for its blocks and for the model as a whole, mean over its seeds"
+        f"{', on ' + ' and '.join(machines) if machines else ''}; the time for making calibration text, which all share, is "
         "not in it. Lower and further left is better."
     )
     return section("time", "Quality and time", how, _drawn("fig-time", figure)) if figure else ""

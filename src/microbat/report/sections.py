@@ -179,7 +179,7 @@ def _facts(report: dict) -> str:
         ),
         ("Transforms", num_bytes.get("transforms"), size(num_bytes.get("transforms")), ""),
         ("Everything else", num_bytes.get("other"), size(num_bytes.get("other")), "embeddings, norms"),
-        ("Time", report.get("seconds"), duration(report.get("seconds")), _distilling(report)),
+        ("Time", report.get("seconds"), duration(report.get("seconds")), _where(report)),
         ("Peak memory", report.get("peak_memory_bytes"), size(report.get("peak_memory_bytes")), ""),
     ]
     cells = [
@@ -190,9 +190,11 @@ def _facts(report: dict) -> str:
     return f'<dl class="facts" id="facts">{"".join(cells)}</dl>' if cells else ""
 
 
-def _distilling(report: dict) -> str:
+def _where(report: dict) -> str:
+    """What took the time, and on what."""
     spent = (report.get("distillation") or {}).get("seconds")
-    return f"{duration(spent)} of it distillation" if is_number(spent) else ""
+    notes = [f"{duration(spent)} of it distillation"] if is_number(spent) else []
+    return "; ".join([*notes, *([str(report["machine"])] if report.get("machine") else [])])
 
 
 def _protocol(evaluation: dict) -> str:
