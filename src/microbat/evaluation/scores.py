@@ -107,7 +107,8 @@ def recovered(scores: Mapping[str, Any], reference: Mapping[str, Any]) -> tuple[
     if not base or not all(base.values()):
         return None
     value = recovery({name: score["score"] for name, score in scores.items()}, base)
-    own, given = recovered_items(scores, reference), recovered_items(reference, reference)
+    own = recovered_items(scores, reference)
+    given = recovered_items({name: reference[name] for name in scores}, reference)
     if own is not None and given is not None:
         shares = [score["score"] / base[name] for name, score in scores.items() for _ in score["items"]]
         pairs = zip(own, given, shares, strict=True)
