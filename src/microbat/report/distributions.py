@@ -75,7 +75,7 @@ def scaled_values(record: dict) -> dict | None:
     """Histograms of chosen blocks after scaling, before rounding; a row per block, dotted lines are the grid."""
     sides = [(key, colour) for key, _, colour in SIDES if _rows(record.get(key), "scaled")]
     columns = [
-        [(f"<b>{key.capitalize()}</b>, block {block}", values, colour) for block, values in _blocks(record[key])]
+        [(f"<b>{key.capitalize()}</b><br>block {block}", values, colour) for block, values in _blocks(record[key])]
         for key, colour in sides
     ]
     return _histograms(columns, record.get("grid") or [], row_height=200)
@@ -85,7 +85,7 @@ def scaled_by_method(records: list[dict]) -> dict | None:
     """The same of one layer under many methods, after each one's transform: a row per method, a column per block."""
     rows = [
         [
-            (f"<b>{escape(record['label'])}</b>, block {block}", values, COLOURS[index % len(COLOURS)])
+            (f"<b>{escape(record['label'])}</b><br>block {block}", values, COLOURS[index % len(COLOURS)])
             for block, values in _blocks(record["after"])
         ]
         for index, record in enumerate(records)
@@ -144,7 +144,7 @@ def _histograms(columns: list[list[tuple[str, list[float], str]]], points: list,
             lines += [_grid_line(point, suffix) for point in sorted({s * g for g in marks for s in (-1, 1)})]
             beyond = sum(abs(v) > grid[-1] for v in values) / len(values) if grid and values else None
             if beyond:
-                text += f"<br><span style='font-size:11px'>{percent(beyond)} beyond the grid</span>"
+                text += f", {percent(beyond)} beyond the grid"
             captions.append(_caption(text, left + width / 2, top))
     return {
         "data": traces,
