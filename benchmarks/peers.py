@@ -39,7 +39,8 @@ from microbat.runtime.load import load_dequantized
 from microbat.scheme import Scheme
 
 PRESETS = {"W4A4KV16": "MXFP4", "W4A4KV16:nvfp4": "NVFP4"}  # our schemes, the peers' names for them
-HADAMARD = {"transform": "hadamard", "epochs": 0, "clip": False, "weight_clip": False}
+HADAMARD = {"transform": "hadamard", "epochs": 0, "distill_epochs": 0, "clip": False, "weight_clip": False}
+ONCE = {"epochs": 1, "refine_epochs": 1, "distill_epochs": 1}  # as in suites/small.yaml
 CHECKED_TOKENS = 64  # of the first window, on which every product is looked at
 
 
@@ -68,8 +69,8 @@ ROWS = (
         options={"method": "batquant", "solver": "gptq", "settings": HADAMARD},
         schemes=("W4A4KV16",),
     ),
-    Row(method="BATQuant + GPTQ", options={"method": "batquant", "solver": "gptq"}),
-    Row(method="BATQuant + learned rounding", options={"method": "batquant", "solver": "learned"}),
+    Row(method="BATQuant + GPTQ", options={"method": "batquant", "solver": "gptq", "settings": ONCE}),
+    Row(method="BATQuant + learned rounding", options={"method": "batquant", "solver": "learned", "settings": ONCE}),
 )
 
 

@@ -1,6 +1,5 @@
 """The account that a run gives of itself: the folder's contract, what its report says, which layers are pictured."""
 
-import dataclasses
 import math
 import platform
 from collections.abc import Iterator
@@ -100,9 +99,7 @@ def report(
         },
         "layers": layers,
         "outside": around,
-        "blocks": [
-            {k: v for k, v in dataclasses.asdict(r).items() if k not in ("layers", "activations")} for r in records
-        ],
+        "blocks": [{k: v for k, v in vars(record).items() if k not in ("layers", "activations")} for record in records],
         "activations": pictures,
         "machine": machine(job.device),
         "seconds": seconds,

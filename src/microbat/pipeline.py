@@ -297,7 +297,7 @@ class _FolderKeeper:
         return stored.quantized, stored.floats, record
 
     def save(self, index: int, block: QuantBlock, module: nn.Module, record: Record) -> None:
-        write_json(self._record(index), dataclasses.asdict(record))
+        write_json(self._record(index), vars(record))
         path = self.partial / folders.block_shard(index)
         shards.write_block(path, record.name, block, shards.float_tensors(module))
 

@@ -3,8 +3,9 @@
 # Shapes: S sequences, L tokens, K width, R some of the sequences.
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -132,10 +133,15 @@ class Data:
         self.progress = lambda done, loss: progress(given.index, done, loss)
         self.stack, self.runner = given.stack, Runner(job, given.stack, given.calls, given.inputs.lengths)
 
-    def absmax(self, path: str) -> Tensor:
-        linear = self.block.get_submodule(path)
-        largest = torch.zeros(linear.in_features, device=linear.weight.device)
-        self.watch({path: lambda x: torch.maximum(largest, x.flatten(0, -2).abs().amax(0), out=largest)})
+    def absmax(self, paths: Iterable[str]) -> dict[str, Tensor]:
+        linears = {path: self.block.get_submodule(path) for path in paths}
+        largest = {path: torch.zeros(own.in_features, device=own.weight.device) for path, own in linears.items()}
+
+        def add(path: str, x: Tensor) -> None:
+            torch.maximum(largest[path], x.flatten(0, -2).abs().amax(0), out=largest[path])
+
+        if largest:
+            self.watch({path: partial(add, path) for path in largest})
         return largest
 
     def watch(self, seen: dict[str, Callable[[Tensor], Any]]) -> None:

@@ -7,7 +7,7 @@ new :class:`Preparer` or :class:`Solver` is found because it is there.
 # Shapes: S sequences, L tokens each, K in, N out.
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -121,8 +121,8 @@ class BlockData(Protocol):
     generator: torch.Generator
     progress: Callable[[float, float], None]
 
-    def absmax(self, path: str) -> Tensor:
-        """The largest magnitude of each input channel [K] of the linear layer at ``path``, over the float stream."""
+    def absmax(self, paths: Iterable[str]) -> dict[str, Tensor]:
+        """The largest magnitude of each input channel [K] of the linear layers at ``paths``, over the float stream."""
 
     def watch(self, seen: dict[str, Callable[[Tensor], Any]]) -> None:
         """Run the float block over the float stream once; each function gets the inputs [S, L, K] of the linear layer at its

@@ -31,10 +31,10 @@ from microbat.methods.learn import (
     Inputs,
     Objective,
     Schedule,
-    channel_factor,
     check_trains,
     distill,
     refine_plan,
+    start_scales,
     train_plan,
 )
 from microbat.quantizers.base import AbsMax
@@ -130,11 +130,11 @@ class BATQuant(Preparer):
         raise ValueError(f"{reason} (scheme {scheme.text})")
 
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
+        if self.channel_scale and self.epochs and self.init != "balanced":  # which knows its channels' sizes
+            start_scales(data, plan, self.channel_scale)
         for site in plan.sites:
             linears = {path: data.block.get_submodule(path) for path in site.site.consumers}
             width = next(iter(linears.values())).in_features
-            if self.channel_scale and self.epochs and self.init != "balanced":  # which knows its channels' sizes
-                site.scale = channel_factor(data, site, self.channel_scale)
             site.transform = self._transform(width, _format(site), data, g=self.g)
             if self.clip and site.activation is not None:
                 site.activation = self._clip(site.activation, width)

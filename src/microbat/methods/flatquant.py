@@ -26,8 +26,8 @@ from microbat.methods.learn import (
     Inputs,
     Objective,
     Schedule,
-    channel_factor,
     check_trains,
+    start_scales,
     train_plan,
 )
 from microbat.quantizers.clip import Clip
@@ -69,6 +69,7 @@ class FlatQuant(Preparer):
         check_trains(self.name, scheme)
 
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
+        start_scales(data, plan, SCALE_POWER)
         for site in plan.sites:
             self._start(data, site)
         if plan.kv is not None:
@@ -91,9 +92,8 @@ class FlatQuant(Preparer):
                 site.transform.R.copy_(torch.eye(lanes))
 
     def _start(self, data: BlockData, site: SitePlan) -> None:
-        """The untrained transform, scale and clips of one site."""
+        """The untrained transform and clips of one site."""
         width = data.block.get_submodule(site.site.consumers[0]).in_features
-        site.scale = channel_factor(data, site, SCALE_POWER)
         left = width // data.head_dim if site.site.headed else balanced_split(width)
         site.transform = Kronecker(width=width, left=left, generator=data.generator)
         if site.activation is not None:

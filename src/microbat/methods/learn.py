@@ -9,7 +9,7 @@ the loss (LOG.md has what that is worth).
 # Shapes: S sequences, L tokens, K width; a batch is [S, L, K].
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from microbat.formats.block import QTensor
-from microbat.methods.base import BlockData, ModelData, Plan, Quant, SitePlan, Solver, Student
+from microbat.methods.base import BlockData, ModelData, Plan, Quant, Solver, Student
 from microbat.models.base import Site
 from microbat.models.rotation import RotatedCheckpoint, Rotation
 from microbat.quantizers.clip import Clip
@@ -119,10 +119,14 @@ def learnable(quantizers: Iterable[Quant | None]) -> list[nn.Parameter]:
 SMALLEST = 1e-5  # the floor of SmoothQuant's authors, and FlatQuant's, for both maxima
 
 
-def channel_maxima(data: BlockData, site: Site) -> tuple[Tensor, Tensor]:
-    """The largest magnitude of each of the site's channels [K]: of the activation, and over its consumers' weights."""
-    weights = [data.block.get_submodule(path).weight.flatten(0, -2) for path in site.consumers]
-    return data.absmax(site.consumers[0]), torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+def channel_maxima(data: BlockData, sites: Sequence[Site]) -> list[tuple[Tensor, Tensor]]:
+    """The largest magnitude of each channel [K] of each site: of the activation, and over its consumers' weights."""
+    activations = data.absmax(site.consumers[0] for site in sites)
+    weights = [[data.block.get_submodule(path).weight.flatten(0, -2) for path in site.consumers] for site in sites]
+    return [
+        (activations[site.consumers[0]], torch.stack([weight.abs().amax(0) for weight in own]).amax(0))
+        for site, own in zip(sites, weights, strict=True)
+    ]
 
 
 def smoothing(x_max: Tensor, w_max: Tensor, alpha: float) -> Tensor:
@@ -130,12 +134,16 @@ def smoothing(x_max: Tensor, w_max: Tensor, alpha: float) -> Tensor:
     return w_max.clamp(min=SMALLEST) ** (1 - alpha) / x_max.clamp(min=SMALLEST) ** alpha
 
 
-def channel_factor(data: BlockData, site: SitePlan, alpha: float) -> nn.Parameter | None:
-    """A factor for each of the site's channels [K], to be learned, that starts at :func:`smoothing`'s; None where what comes
-    before the site cannot take it in."""
-    if not site.site.producer or site.site.headed or set(site.weights) != set(site.site.consumers):
-        return None
-    return nn.Parameter(smoothing(*channel_maxima(data, site.site), alpha))
+def start_scales(data: BlockData, plan: Plan, alpha: float) -> None:
+    """Give each site whose producer can take it in a factor per channel [K], to be learned, that starts at
+    :func:`smoothing`'s."""
+    sites = [
+        site
+        for site in plan.sites
+        if site.site.producer and not site.site.headed and set(site.weights) == set(site.site.consumers)
+    ]
+    for site, maxima in zip(sites, channel_maxima(data, [site.site for site in sites]), strict=True):
+        site.scale = nn.Parameter(smoothing(*maxima, alpha))
 
 
 @torch.no_grad()

@@ -35,10 +35,10 @@ class SmoothQuant(Preparer):
 
     @torch.no_grad()
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
-        pairs = []
-        for site in (site.site for site in plan.sites if site.site.normed):
+        sites, pairs = [site.site for site in plan.sites if site.site.normed], []
+        for site, maxima in zip(sites, channel_maxima(data, sites), strict=True):
             linears = [data.block.get_submodule(path) for path in (*site.consumers, *site.readers)]
-            pairs.append((data.block.get_submodule(site.producer), linears, *channel_maxima(data, site)))
+            pairs.append((data.block.get_submodule(site.producer), linears, *maxima))
 
         def scale(alpha: float, sign: int) -> None:
             for norm, linears, x, w in pairs:
