@@ -108,12 +108,25 @@ def test_a_channel_that_is_always_zero_stays_out_of_the_others():
 
 
 def test_units_with_scales_inside_have_no_group_order():
-    with pytest.raises(ValueError, match="hif4 has scales for parts of one; leave it at natural"):
-        Recipe(model="m", method="gptaq", scheme="W4A16:hif4").methods()
-    Recipe(model="m", method="gptaq", scheme="W4A16:hif4", settings={"order": "natural"}).methods()
-    with pytest.raises(ValueError, match="gptq.order=group"):
-        Recipe(model="m", method="gptq", scheme="W4A16:hif4", settings={"order": "group"}).methods()
-    assert HIF4.inner
+    for method in ("gptq", "gptaq"):
+        with pytest.raises(
+            ValueError, match=f"{method}.order=group.*leave it at auto or natural"
+        ):
+            Recipe(model="m", method=method, scheme="W4A16:hif4", settings={"order": "group"}).methods()
+        Recipe(model="m", method=method, scheme="W4A16:hif4").methods()
+    weight, _, seen = problem()
+    auto, natural = (
+        GPTQ(order=o).solve(weight, AbsMax(format=HIF4), statistics(seen, seen)).weight for o in ("auto", "natural")
+    )
+    assert torch.equal(auto.codes, natural.codes)
+
+
+def test_order_is_by_group_where_groups_have_one_scale():
+    weight, _, seen = problem()
+    auto, group = (
+        GPTQ(order=o).solve(weight, AbsMax(format=MXFP4), statistics(seen, seen)).weight for o in ("auto", "group")
+    )
+    assert torch.equal(auto.codes, group.codes)
 
 
 @pytest.mark.parametrize(("field", "value"), [("alpha", 0), ("alpha", 1.5), ("damping", 0)])

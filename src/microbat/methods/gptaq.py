@@ -9,8 +9,7 @@ weight does on the float model's inputs X'. With U the upper Cholesky factor of 
 a column j, before it is rounded, adds w_j P_jl to each column l > j, besides GPTQ's own update (methods.gptq). alpha = 0.25, as
 in the authors' code; with few bits more gains little (LOG.md).
 
-Differs from the authors' code in: what methods.gptq differs in; columns go in group-aware order by default, as D2Quant's code
-runs it.
+Differs from the authors' code in what methods.gptq differs in.
 """
 
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ class GPTAQ(Solver):
 
     alpha: float = 0.25
     damping: float = 0.01  # of the mean diagonal of H
-    order: Order = "group"
+    order: Order = "auto"
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:

@@ -12,9 +12,9 @@ error; H and its factor are float64; a singular H is never replaced: the damping
 and what it took is recorded; the columns of one format block are rounded in a row and everything to their right is updated by
 one product. On a GPU a Triton kernel rounds 128 columns in one launch (``kernels.gptq``), of formats that it knows.
 
-``order=group`` takes columns in the order of diag(H), largest first, inside each group that shares scales, and groups by the
-largest that they hold (group-aware reordering, D2Quant's and GPTQModel's): what matters most is rounded while there is most to
-make up for it, and groups stay what they were.
+Columns go in the order of diag(H), largest first, inside each group that shares scales, and groups by the largest that they
+hold (group-aware reordering, D2Quant's and GPTQModel's): what matters most is rounded while there is most to make up for it, and
+groups stay what they were. ``order=natural`` is the paper's; units with scales for parts of them (HiF4) know no other.
 
 HiFloat's authors and AMCT round a HiF4 unit's 64 columns at once and hand on each one's error over U's diagonal. Column by
 column under frozen scales, as here, loses less (tests/methods/test_gptq.py).
@@ -42,7 +42,7 @@ from microbat.quantizers.mixed import Mixed
 from microbat.scheme import Scheme
 
 DAMPING_TRIES = 6
-Order = Literal["natural", "group"]
+Order = Literal["auto", "natural", "group"]  # auto: group where a format's groups have no scales for parts of them
 LAZY_COLUMNS = 32  # columns rounded before the rest is updated, where the format has no blocks of its own
 
 
@@ -53,7 +53,7 @@ class GPTQ(Solver):
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     damping: float = 0.01  # of the mean diagonal of H; the authors' percdamp
-    order: Order = "natural"
+    order: Order = "auto"
 
     def __post_init__(self) -> None:
         if self.damping <= 0:
@@ -85,7 +85,7 @@ class GPTQ(Solver):
         dead = hessian.diagonal() == 0
         weight = weight.masked_fill(dead, 0.0)
         order = None
-        if self.order == "group" and not isinstance(inner, Mixed):
+        if not isinstance(inner, Mixed) and grouped(self.order, inner.format):
             order = group_order(hessian.diagonal(), inner.format.block_of(weight.shape[1]))
             weight, hessian, dead = weight[:, order], hessian[order][:, order], dead[order]
         factor, damping = inverse_cholesky(hessian, self.damping, dead)
@@ -98,6 +98,8 @@ class GPTQ(Solver):
         if isinstance(inner, Mixed):
             rounded = _round_groups(weight, factor, inner)
         else:
+            if chosen is not None and order is not None:
+                chosen = chosen.in_order(blocks_of(order, inner.format.block_of(weight.shape[1])).tolist())
             rounded = _round_columns(weight, factor, inner, chosen, drift)
             rounded = rounded if order is None else back(rounded, order)
         return Solution(weight=rounded, notes={"damping": damping, "dead_columns": float(dead.sum())})
@@ -107,7 +109,7 @@ class GPTQ(Solver):
 class Chosen:
     """Scales that are not the quantizer's: of the tensor, ``outer`` [] or None, and of a block of columns when its turn comes.
 
-    ``block(start, columns, cost)`` gives [N] for the block from column ``start`` on: ``columns`` [N, B] are its weights as
+    ``block(number, columns, cost)`` gives [N] for the weight's block of that number: ``columns`` [N, B] are its weights as
     updated so far, ``cost`` [B] = 1 / U_jj^2 what a squared error in each adds to the layer's, the columns after it making up
     for what they can.
     """
@@ -115,13 +117,22 @@ class Chosen:
     outer: Tensor | None
     block: Callable[[int, Tensor, Tensor], Tensor]
 
+    def in_order(self, numbers: list[int]) -> "Chosen":
+        """The same for a weight whose blocks come in another order, ``numbers``."""
+        return replace(self, block=lambda place, columns, cost: self.block(numbers[place], columns, cost))
+
+
+def grouped(order: Order, format: BlockFormat) -> bool:
+    """Whether columns are taken in group-aware order."""
+    return order == "group" or (order == "auto" and not format.inner)
+
 
 def check_order(name: str, order: Order, scheme: Scheme) -> None:
     """Raise ValueError where columns of ``scheme``'s weights cannot change places within a group."""
     if order == "group" and scheme.weight is not None and scheme.weight.format.inner:
         raise ValueError(
             f"{name}.order=group moves columns within a group, and {scheme.weight.format.name} has scales for parts of one; "
-            "leave it at natural"
+            "leave it at auto or natural"
         )
 
 
@@ -135,9 +146,7 @@ def group_order(diagonal: Tensor, block: int) -> Tensor:
 
 def back(q: QTensor, order: Tensor) -> QTensor:
     """``q``, whose columns are in ``order``, groups whole, with its columns and groups where they were."""
-    home = order.argsort()
-    groups = order[:: q.format.block_of(q.shape[1])] // q.format.block_of(q.shape[1])
-    homes = groups.argsort()
+    home, homes = order.argsort(), blocks_of(order, q.format.block_of(q.shape[1])).argsort()
     return replace(
         q,
         codes=q.codes[:, home],
@@ -145,6 +154,11 @@ def back(q: QTensor, order: Tensor) -> QTensor:
         terms=None if q.terms is None else q.terms[:, homes],
         columns=None if q.columns is None else q.columns[home],
     )
+
+
+def blocks_of(order: Tensor, block: int) -> Tensor:
+    """Which blocks of columns come one after the other in ``order`` [K], int64 [G]."""
+    return order[::block] // block
 
 
 def deviation(statistics: Statistics, order: Tensor | None) -> Tensor:
@@ -220,7 +234,7 @@ def _round_columns(
         stop = min(start + lazy, columns)
         if chosen is not None:
             cost = factor.diagonal()[start:stop].square().reciprocal()
-            scale = Scales(block=chosen.block(start, work_KN[start:stop].T, cost)[:, None], tensor=outer)
+            scale = Scales(block=chosen.block(start // lazy, work_KN[start:stop].T, cost)[:, None], tensor=outer)
             taken.append(scale)
         elif block < columns:
             scale = quantizer.scales_within(work_KN[start:stop].T, outer)

@@ -105,9 +105,9 @@ class SOAR(Solver):
         if self.rounding == "nearest":
             return Solution(weight=fit.result(weight.shape[1]), notes=notes)
 
-        def in_turn(start: int, columns: Tensor, cost: Tensor) -> Tensor:
+        def in_turn(number: int, columns: Tensor, cost: Tensor) -> Tensor:
             if self.rounding == "gptq-fixed":
-                return fit.block[start // inner.format.block_of(weight.shape[1])]
+                return fit.block[number]
             own = _Fit(columns, inner, inner.scales_within(columns, fit.outer), (cost / cost.mean())[None])
             self._run(own, joint=False)
             return own.block[0]
