@@ -114,6 +114,9 @@ def test_each_method_has_its_numbers_with_their_spread(whole):
     ]
     assert entries[2]["kl"]["value"] == pytest.approx(statistics.fmean(run["kl"] for run in runs))
     assert entries[2]["kl"]["error"] == pytest.approx(statistics.stdev(run["kl"] for run in runs))
+    assert [[run[key] for key in ("kl", "window_nll")] for run in entries[2]["runs"]] == [
+        [run[key] for key in ("kl", "window_nll")] for run in runs
+    ]
     assert entries[0]["bits_per_weight"] == pytest.approx(4.25)
     assert entries[2]["preparers"][0]["epochs"] == 1
     assert json.loads((out / "comparison.json").read_text()) == json.loads(json.dumps(result))

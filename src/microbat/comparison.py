@@ -33,6 +33,7 @@ from microbat.suite import Cell, Suite
 NUMBERS = "numbers.json"
 AT_ONCE = 8  # cells measured together: the float model's pass is a ninth of the work
 QUALITY = ("perplexity", "ratio", "kl", "top1")
+WINDOWS = ("window_nll", "window_kl")  # what they are told from noise by
 COUNTS = ("unparsed", "truncated", "samples")  # of a benchmark's answers, over all runs
 
 
@@ -252,6 +253,8 @@ def _entries(
             for metric in metrics:
                 stderrs = [run[f"{metric}_stderr"] for run in runs[-1]]
                 entry[metric] = asdict(estimate([run[metric] for run in runs[-1]], stderrs))
+            if metrics:
+                entry["runs"] = [{name: run[name] for name in (*metrics, *WINDOWS)} for run in runs[-1]]
             reports = [account.read_report(folder) for folder in done]
             entry["seconds"] = fmean(account.calibration_seconds(report) for report in reports)
             entry["machines"] = sorted({report["machine"] for report in reports if "machine" in report})

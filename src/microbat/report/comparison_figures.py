@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from microbat.report.figures import COLOURS, SYMBOLS, axis, buttons, layout
 from microbat.report.text import duration, escape, fixed
 
+PATTERNS = ("", "/", ".")  # of bars, where there are more methods than colours
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
@@ -77,7 +79,10 @@ def bars(entries: list[dict]) -> dict | None:
             "name": escape(label),
             "x": [escape(scheme) for scheme in schemes],
             "base": metrics[0].float_value,
-            "marker": {"color": COLOURS[index % len(COLOURS)]},
+            "marker": {
+                "color": COLOURS[index % len(COLOURS)],
+                "pattern": {"shape": PATTERNS[index // len(COLOURS) % len(PATTERNS)]},
+            },
             "hovertemplate": f"<b>{escape(label)}</b>, %{{x}}<br>%{{text}}<extra></extra>",
             "textposition": "none",
             **_measured(row, metrics[0], above=metrics[0].float_value),
@@ -136,7 +141,7 @@ def ablation(entries: list[dict]) -> dict | None:
 
 
 def cost(entries: list[dict]) -> dict | None:
-    """The first metric against the time that a run took; a colour per method, a symbol per scheme."""
+    """The first metric against the time that a run took; a colour per method, filled or not, a symbol per scheme."""
     metrics = present(entries)
     if not metrics:
         return None
@@ -152,7 +157,10 @@ def cost(entries: list[dict]) -> dict | None:
             "hovertemplate": f"<b>{escape(label)}</b>, %{{text}}, %{{y:.3f}}<extra></extra>",
             "marker": {
                 "color": COLOURS[index % len(COLOURS)],
-                "symbol": [SYMBOLS[schemes.index(entry["scheme"]) % len(SYMBOLS)] for entry in own],
+                "symbol": [
+                    SYMBOLS[schemes.index(entry["scheme"]) % len(SYMBOLS)] + "-open" * (index // len(COLOURS) % 2)
+                    for entry in own
+                ],
                 "size": 11,
             },
             **{key: value for key, value in _measured(own, metric).items() if key != "text"},
