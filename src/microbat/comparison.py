@@ -33,7 +33,7 @@ from microbat.suite import Cell, Suite
 NUMBERS = "numbers.json"
 AT_ONCE = 8  # cells measured together: the float model's pass is a ninth of the work
 QUALITY = ("perplexity", "ratio", "kl", "top1")
-WINDOWS = ("window_nll", "window_kl")  # what they are told from noise by
+WINDOWS = {"ratio": "window_nll", "kl": "window_kl"}  # what they are told from noise by
 COUNTS = ("unparsed", "truncated", "samples")  # of a benchmark's answers, over all runs
 
 
@@ -254,7 +254,7 @@ def _entries(
                 stderrs = [run[f"{metric}_stderr"] for run in runs[-1]]
                 entry[metric] = asdict(estimate([run[metric] for run in runs[-1]], stderrs))
             if metrics:
-                entry["runs"] = [{name: run[name] for name in (*metrics, *WINDOWS)} for run in runs[-1]]
+                entry["runs"] = [{name: run[name] for name in (*metrics, *WINDOWS.values())} for run in runs[-1]]
             reports = [account.read_report(folder) for folder in done]
             entry["seconds"] = fmean(account.calibration_seconds(report) for report in reports)
             entry["machines"] = sorted({report["machine"] for report in reports if "machine" in report})
@@ -309,7 +309,7 @@ def _shares(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 def _rank(key: str, measured: list[tuple[dict[str, Any], list[dict[str, Any]]]]) -> None:
     """Write into each entry how it stands: ``best``, ``tied`` (not distinguishable from the best) or ``behind``."""
-    for metric, per_window in (("ratio", "window_nll"), ("kl", "window_kl")):
+    for metric, per_window in WINDOWS.items():
         if on_text := [(entry, runs) for entry, runs in measured if metric in entry]:
             best, best_runs = min(on_text, key=lambda pair: pair[0][metric]["value"])
             for entry, runs in on_text:
