@@ -244,7 +244,7 @@ def backward(
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_GB, low_G, high_G, outer, out_GB, format, rule):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_GB, low_G, high_G, outer, out_GB, format, rule):
         scale_G = _run(forward, (x_GB, low_G, high_G, outer, out_GB), format, rule)
         ctx.save_for_backward(x_GB, low_G, high_G, scale_G)
         ctx.format, ctx.rule = format, rule
@@ -252,7 +252,7 @@ class _FakeQuantize(torch.autograd.Function):
         return out_GB
 
     @staticmethod
-    def backward(ctx, grad_GB):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_GB):
         grads = _run(backward, (grad_GB.contiguous(), *ctx.saved_tensors), ctx.format, ctx.rule)
         return *grads, None, None, None, None
 
@@ -272,7 +272,7 @@ def fake_quantize(
 
 
 @torch.no_grad()
-def _run(function: Callable, tensors: tuple, format: BlockFormat, rule: str):  # type: ignore[no-untyped-def]
+def _run(function: Callable, tensors: tuple, format: BlockFormat, rule: str):
     if kernels.runs_on(tensors[0].device.type) and kernels.knows(format, rule):
         from microbat.kernels import fake_quantize as fused
 
@@ -286,7 +286,7 @@ def _run(function: Callable, tensors: tuple, format: BlockFormat, rule: str):  #
 
 @functools.cache
 def _compiled(function: Callable, format: BlockFormat, rule: str, dtypes: tuple[str, ...]) -> Callable:
-    def kernel(*tensors):  # type: ignore[no-untyped-def]
+    def kernel(*tensors):
         return function(*tensors, format=format, rule=rule)
 
     return compiled(kernel, "_".join((function.__name__, format.name, rule, *dtypes)))
@@ -300,7 +300,7 @@ def compiled(function: Callable, name: str) -> Callable:
     function.__code__ = function.__code__.replace(co_name=name)
     fast = torch.compile(function)
 
-    def call(*tensors):  # type: ignore[no-untyped-def]
+    def call(*tensors):
         for tensor in tensors:
             if tensor is not None and tensor.dim():
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
