@@ -159,7 +159,7 @@ class MicrobatConfig(QuantizationConfig):
                 "which experts have work is looked up on the host, not in CUDA graphs: serve with --enforce-eager"
             )
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
         """What vLLM's loader is not to place: all that is not a float tensor of a module of its own; what it calls otherwise."""
         read_shard(self.folder / OTHER_SHARD)  # an altered tensor shows here; those of blocks when they are read
         biased = [
