@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from microbat.calibrate.engine import calibrate
+from microbat.calibrate.fake import FakeWeights, transformed
 from microbat.calibrate.job import Job
 from microbat.methods.batquant import BATQuant
 from microbat.methods.gptq import GPTQ
@@ -14,6 +15,7 @@ from microbat.methods.learn import drawn
 from microbat.methods.learned import Learned
 from microbat.methods.rtn import RTN
 from microbat.models.checkpoint import Checkpoint
+from microbat.quantizers.clip import Clip
 from microbat.scheme import Scheme
 from microbat.transforms.kronecker import Kronecker
 
@@ -128,6 +130,35 @@ def test_refining_keeps_the_codes_and_lowers_the_error(tiny):
     assert all(torch.equal(plain[0].weights[path].codes, q.codes) for path, q in refined[0].weights.items())
     assert after[0].error < 0.97 * before[0].error
     assert len(after[0].loss) == 3 * len(before[0].loss)
+
+
+@pytest.mark.parametrize(
+    ("solver", "scheme", "setting", "rounded"),
+    [
+        (GPTQ(), "W4A4", "auto", False),
+        (GPTQ(), "W4A4", "rounded", True),
+        (GPTQ(), "W4A16", "auto", True),
+        (RTN(), "W4A4", "auto", True),
+    ],
+)
+def test_weights_train_in_floats_where_the_solver_repairs_their_rounding(
+    tiny, monkeypatch, solver, scheme, setting, rounded
+):
+    exact, clips = set(), set()
+    make = FakeWeights._make
+
+    def watched(self):
+        weights = make(self)
+        exact.update(
+            torch.equal(w, transformed(self.weights[path], self.plan.transform)) for path, w in weights.items()
+        )
+        clips.update(isinstance(quantizer, Clip) for quantizer in self.plan.weights.values())
+        return weights
+
+    monkeypatch.setattr(FakeWeights, "_make", watched)
+    quantize(tiny(), (BATQuant(epochs=1, training_weights=setting),), solver, scheme)
+    assert exact == {not rounded}
+    assert clips == {rounded}
 
 
 @pytest.mark.parametrize("scheme", ["W4A4:nvfp4", "W4A8", "W4A16", "W8A8:int8"])

@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 from microbat.experts import Routed, linear
 from microbat.linear import QuantLinear, SiteInput
-from microbat.methods.base import Plan, SitePlan, together
+from microbat.methods.base import Plan, Rounding, SitePlan, together
 from microbat.quantizers.clip import clipped
 from microbat.quantizers.residual import facing
 from microbat.transforms.base import Transform
 
 
 class FakeWeights:
-    """The float weights that read one activation, transformed, clipped and quantized anew for every pass through the block, as
-    ``Solver.solve_site`` will: those that share a tensor scale as one. Layers ask one after the other; the work is done for the
-    first."""
+    """The float weights that read one activation, transformed anew for every pass through the block; where it ``rounds``, clipped
+    and quantized as well, as ``Solver.solve_site`` will: those that share a tensor scale as one. Layers ask one after the other;
+    the work is done for the first."""
 
-    def __init__(self, plan: SitePlan, weights: dict[str, Tensor]):
-        self.plan = plan
+    def __init__(self, plan: SitePlan, weights: dict[str, Tensor], *, rounds: bool = True):
+        self.plan, self.rounds = plan, rounds
         self.weights = {path: weights[path] for path in plan.weights}
         self._made: dict[str, Tensor] = {}
 
@@ -37,6 +37,8 @@ class FakeWeights:
         device = next(iter(self.weights.values())).device
         with torch.autocast(device.type, enabled=False):
             mapped = {path: transformed(weight, self.plan.transform) for path, weight in self.weights.items()}
+        if not self.rounds:
+            return mapped
         if inner is None:
             return {path: quantizers[path].fake(weight) for path, weight in mapped.items()}
         whole = inner.fake(torch.cat([clipped(quantizers[path], weight) for path, weight in mapped.items()], dim=-2))
@@ -84,15 +86,15 @@ def transformed(weight: Tensor, transform: Transform | None) -> Tensor:
 
 
 @contextlib.contextmanager
-def faked(block: nn.Module, plan: Plan, weights: dict[str, Tensor], rounded: bool = False) -> Iterator[nn.Module]:
+def faked(block: nn.Module, plan: Plan, weights: dict[str, Tensor], rounding: Rounding = "fake") -> Iterator[nn.Module]:
     """``block`` with the linear layers of ``plan`` swapped for :class:`FakeLinear`, or for :class:`QuantLinear` where the
-    weights are ``rounded``; put back at the end."""
+    ``rounding`` of the weights is done; put back at the end."""
     originals = {path: block.get_submodule(path) for site in plan.sites for path in site.weights}
     biases = {path: linear.bias for path, linear in originals.items()}
     weights, biases = plan.folded(weights, biases)
     for site in plan.sites:
         site_input = SiteInput(site.transform, site.activation, num_consumers=len(site.weights))
-        own = None if rounded else FakeWeights(site, weights)
+        own = None if rounding == "done" else FakeWeights(site, weights, rounds=rounding == "fake")
         for path in site.weights:
             if own is None:
                 layer = QuantLinear(site_input, weights[path], biases[path])

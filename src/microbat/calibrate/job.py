@@ -16,7 +16,7 @@ from microbat.calibrate.fake import faked
 from microbat.calibrate.inputs import watch
 from microbat.calibrate.stream import Activations, Sample
 from microbat.linear import QuantBlock
-from microbat.methods.base import Plan, Preparer, Quant, Solver
+from microbat.methods.base import Plan, Preparer, Quant, Rounding, Solver
 from microbat.models.base import Stack
 from microbat.models.checkpoint import Checkpoint
 from microbat.scheme import Scheme
@@ -153,7 +153,7 @@ class Data:
                 pass
 
     def faked(
-        self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False
+        self, plan: Plan, weights: dict[str, Tensor], *, rounding: Rounding = "fake"
     ) -> Callable[[Tensor, Tensor], Tensor]:
         for site in plan.sites:
             for module in (site.transform, site.activation, *site.weights.values(), plan.kv):
@@ -161,7 +161,7 @@ class Data:
                     module.to(self.runner.job.device)
 
         def function(x: Tensor, rows: Tensor) -> Tensor:
-            with faked(self.block, plan, weights, rounded) as block:
+            with faked(self.block, plan, weights, rounding) as block:
                 return self.runner.step(block, x, rows)
 
         return function

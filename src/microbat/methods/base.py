@@ -29,6 +29,9 @@ from microbat.scheme import Scheme
 from microbat.transforms.base import BlockDiagonal, Transform
 
 Quant = AbsMax | Clip | Mixed | DualScale
+# Of a block's weights while it trains. fake: anew at every pass; none: they stay in floats, transformed; done: they are on their
+# grid already, in the basis of the transformed activation, and are left alone.
+Rounding = Literal["fake", "none", "done"]
 
 
 @dataclass(kw_only=True)
@@ -129,13 +132,10 @@ class BlockData(Protocol):
         path, batch by batch; those of experts, which the router has mixed, as one sequence [1, T, K]."""
 
     def faked(
-        self, plan: Plan, weights: dict[str, Tensor], *, rounded: bool = False
+        self, plan: Plan, weights: dict[str, Tensor], *, rounding: Rounding = "fake"
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """The block as a differentiable function of inputs and the rows that they belong to, which quantizes by ``plan``, with
-        ``weights`` in its linear layers.
-
-        ``rounded`` weights are on their grid already, in the basis of the transformed activation: they are left alone.
-        """
+        ``weights`` in its linear layers, which ``rounding`` says what to do with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,11 +271,12 @@ class Solver(Method):
     """Picks the codes of one weight. ``needs`` names the statistics of the layer's quantized input that it wants;
     ``weight_lr``, in units of each weight's root mean square, asks a preparer to train the weights along with its own
     parameters. ``takes_stacks``: :meth:`solve` rounds the weights [E, N, K] of experts as they are; others get one after the
-    other."""
+    other. ``repairs``: what rounding one column loses, those after it make up for."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     weight_lr: ClassVar[float | None] = None
     takes_stacks: ClassVar[bool] = False
+    repairs: ClassVar[bool] = False
 
     def check_experts(self) -> None:
         missing = ", ".join(sorted(self.needs - {"hessian"}))

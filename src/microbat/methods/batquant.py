@@ -25,18 +25,18 @@ from torch import Tensor, nn
 
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.kv import KVQuantizer
-from microbat.methods.base import BlockData, ModelData, Plan, Preparer, SitePlan, Solver, Student, WholeModel
+from microbat.methods.base import BlockData, ModelData, Plan, Preparer, Rounding, SitePlan, Solver, Student, WholeModel
 from microbat.methods.learn import (
     IN_ORDER,
     Inputs,
     Objective,
     Schedule,
     check_trains,
-    distill,
     refine_plan,
     start_scales,
     train_plan,
 )
+from microbat.methods.whole import distill
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.scheme import Scheme
@@ -65,6 +65,9 @@ class BATQuant(Preparer):
     channel_scale: float = 0.5
     clip: bool = True
     clip_lr: float = 2e-2  # unstated; 10 x the paper's rate, as FlatQuant
+    # The paper's weights are clipped and rounded to nearest while the transforms train. auto: where the solver repairs what
+    # rounding loses, they stay in floats, whatever weight_clip says, which measured better (LOG.md).
+    training_weights: Literal["auto", "rounded"] = "auto"
     weight_clip: bool = True
     clip_scope: Scope = "block"  # global: Table 4's counterpart
     epochs: int = 3
@@ -130,6 +133,7 @@ class BATQuant(Preparer):
         raise ValueError(f"{reason} (scheme {scheme.text})")
 
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
+        rounding = self._rounding(plan, solver)
         if self.channel_scale and self.epochs and self.init != "balanced":  # which knows its channels' sizes
             start_scales(data, plan, self.channel_scale)
         for site in plan.sites:
@@ -138,7 +142,7 @@ class BATQuant(Preparer):
             site.transform = self._transform(width, _format(site), data, g=self.g)
             if self.clip and site.activation is not None:
                 site.activation = self._clip(site.activation, width)
-            if self.weight_clip:
+            if self.weight_clip and rounding == "fake":
                 site.weights = {
                     path: self._clip(q, width, *linears[path].weight.shape[:-1]) for path, q in site.weights.items()
                 }
@@ -148,7 +152,7 @@ class BATQuant(Preparer):
         if self.init == "balanced":
             self._balance(data, plan)
         schedule = Schedule(epochs=self.epochs, batch=self.batch, objective=self.objective, inputs=self.inputs)
-        train_plan(data, plan, solver, lr=self.lr, clip_lr=self.clip_lr, schedule=schedule)
+        train_plan(data, plan, solver, lr=self.lr, clip_lr=self.clip_lr, schedule=schedule, rounding=rounding)
         return plan
 
     def refine(self, data: BlockData, plan: Plan, codes: dict[str, QTensor], solver: Solver) -> None:
@@ -173,6 +177,11 @@ class BATQuant(Preparer):
         return distill(
             model, student, epochs=self.distill_epochs, batch=self.batch, lr=self.distill_lr, clip_lr=self.clip_lr
         )
+
+    def _rounding(self, plan: Plan, solver: Solver) -> Rounding:
+        """Of the weights, while the transforms train. Without activations to learn from, it is the weights or nothing."""
+        facing_codes = all(site.activation is not None for site in plan.sites)
+        return "none" if self.training_weights == "auto" and solver.repairs and facing_codes else "fake"
 
     def _cache(self, kv: KVQuantizer, data: BlockData) -> KVQuantizer:
         """P_k, and a clip for each block of a head's lanes."""
@@ -260,6 +269,7 @@ class BATQuantPaper(BATQuant):
 
     transform: Kind = "gpk"
     lr: float = 2e-3
+    training_weights: Literal["auto", "rounded"] = "rounded"
     channel_scale: float = 0.0
     epochs: int = 5
     batch: int = 4

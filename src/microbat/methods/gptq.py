@@ -51,6 +51,7 @@ class GPTQ(Solver):
     name: ClassVar[str] = "gptq"
     summary: ClassVar[str] = "error feedback from column to column by the input's Hessian"
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    repairs: ClassVar[bool] = True
 
     damping: float = 0.01  # of the mean diagonal of H; the authors' percdamp
     order: Order = "auto"

@@ -87,6 +87,10 @@ class SOAR(Solver):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"hessian"} if self.metric == "hessian" or self.rounding != "nearest" else ())
 
+    @property
+    def repairs(self) -> bool:  # type: ignore[override]
+        return self.rounding != "nearest"
+
     def check(self, scheme: Scheme) -> None:
         if scheme.weight is not None:
             _check_format(scheme.weight.format)
