@@ -107,6 +107,7 @@ def test_eval_of_answers_in_the_models_own_words(folder, tmp_path):
         assert f"{score['unparsed']} unparsed" in output
         assert len((tmp_path / "answers" / name / "gsm8k.jsonl").read_text().splitlines()) == 1 + 6
         assert row["recovery"] is None  # random weights are never right
+        assert row["flips"] == 0
     run(*command, "--json", tmp_path / "again.json")
     assert json.loads((tmp_path / "again.json").read_text()) == result
     assert "top_k: 20, now 5" in run(*command, "--set", "top_k=5", code=2)
@@ -126,6 +127,7 @@ def test_eval_of_a_served_model(tmp_path, monkeypatch):
     models = json.loads((tmp_path / "n.json").read_text())["models"]
     assert [row["tasks"]["gsm8k"]["score"] for row in models.values()] == [1.0, 0.75]
     assert [row["recovery"] for row in models.values()] == [100.0, 75.0]
+    assert [row["flips"] for row in models.values()] == [0.0, 25.0]
     assert [row["recovery_stderr"] for row in models.values()] == [None, pytest.approx(25.0)]
     assert models["w4"]["tasks"]["gsm8k"]["stderr"] == pytest.approx(0.25)
     assert "0.750 ± 0.250 (1 unparsed of 4)" in output

@@ -434,6 +434,8 @@ def test_pictures_alone_without_a_text(tiny, tmp_path, monkeypatch):
     assert result["tasks"]["tiny_vlm"]["value"] == 100
     rtn, gptq = entry(result, "RTN"), entry(result, "GPTQ")
     assert [one["recovery"]["value"] for one in (rtn, gptq)] == [0, 50]
+    assert [one["flips"]["value"] for one in (rtn, gptq)] == [100, 50]
+    assert "flips %" in done.output
     assert [one["standing"] for one in (rtn, gptq)] == [{"recovery": "behind"}, {"recovery": "best"}]
     assert gptq["tasks"]["tiny_vlm"]["by_task"] == {"a": 1, "b": 0}
     page = (out / "comparison.html").read_text()

@@ -23,7 +23,7 @@ import torch
 from microbat import account, measure, pipeline
 from microbat.documents import read_json, write_json
 from microbat.evaluation.cases import cases
-from microbat.evaluation.scores import Scores, Tasks, recovered, recovered_items
+from microbat.evaluation.scores import Scores, Tasks, flips, recovered, recovered_items
 from microbat.evaluation.spread import Estimate, estimate, indistinct, overlap
 from microbat.recipe import describe, to_json
 from microbat.report.comparison import write_comparison
@@ -281,11 +281,11 @@ def _run(folder: Path, on_text: bool, reference: dict[str, Any]) -> dict[str, An
 
 
 def _scored(runs: list[Scores], reference: Scores) -> dict[str, Any]:
-    """Each benchmark's score, and recovery where it has a meaning, over the runs."""
-    found = [recovered(run, reference) for run in runs]
+    """Each benchmark's score, and recovery and flips where they have a meaning, over the runs."""
     entry: dict[str, Any] = {"tasks": _tasks(runs)}
-    if pairs := [pair for pair in found if pair is not None]:
-        entry["recovery"] = asdict(estimate([v for v, _ in pairs], [error for _, error in pairs], over="items"))
+    for name, measured in (("recovery", recovered), ("flips", flips)):
+        if pairs := [pair for pair in (measured(run, reference) for run in runs) if pair is not None]:
+            entry[name] = asdict(estimate([v for v, _ in pairs], [error for _, error in pairs], over="items"))
     return entry
 
 

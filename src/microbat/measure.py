@@ -10,7 +10,7 @@ from typing import Any
 from microbat.documents import read_json
 from microbat.evaluation.generation import Sampling, Served
 from microbat.evaluation.quality import compare
-from microbat.evaluation.scores import Scores, Tasks, by_likelihood, recovered
+from microbat.evaluation.scores import Scores, Tasks, by_likelihood, flips, recovered
 from microbat.evaluation.text import load_text
 from microbat.evaluation.windows import Windows, tokenize
 from microbat.evaluation.windows import windows as cut_windows
@@ -77,12 +77,12 @@ def evaluate_tasks(
     sampling: Sampling | None = None,
     answers: Path = Path("microbat-answers"),
 ) -> dict[str, Any]:
-    """Benchmarks for each of ``models``, and each one's recovery against ``reference``.
+    """Benchmarks for each of ``models``, and each one's recovery and flips against ``reference``.
 
     ``tasks``, ``data``, ``limit`` and ``sampling`` (None: as in the paper) are those of :class:`Tasks`; finished answers
     are kept below ``answers``. For benchmarks in the model's own words, a model may also be the URL of an
     OpenAI-compatible server. Recovery is None where it has no meaning: for a served model without a reference, and where
-    the reference scores 0.
+    the reference scores 0; flips where a benchmark does not tell its items.
     """
     served = [name for name, path in models.items() if _is_url(path)]
     if served and (harness := by_likelihood(tasks)):
@@ -97,8 +97,10 @@ def evaluate_tasks(
     base = scores.get(reference, {})
     rows: dict[str, dict[str, Any]] = {}
     for name, own in scores.items():
-        value, stderr = recovered(own, base) or (None, None)
-        rows[name] = {"tasks": own, "recovery": value, "recovery_stderr": None if own is base else stderr}
+        rows[name] = {"tasks": own}
+        for key, measured in (("recovery", recovered), ("flips", flips)):
+            value, stderr = measured(own, base) or (None, None)
+            rows[name] |= {key: value, f"{key}_stderr": None if own is base else stderr}
     return {"reference": reference if base else None, "models": rows}
 
 

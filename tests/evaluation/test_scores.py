@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from microbat.evaluation.generation import Answer, Sampling
-from microbat.evaluation.scores import Tasks, by_likelihood, recovered, recovered_items
+from microbat.evaluation.scores import Tasks, by_likelihood, flips, recovered, recovered_items
 from microbat.evaluation.totals import summed
 from microbat.models.base import Thinking
 
@@ -44,6 +44,17 @@ def test_recovery_has_no_error_where_a_score_has_none_and_no_value_where_the_ref
     assert recovered({"a": score(0.6, None)}, {"a": score(0.8)}) == (pytest.approx(75.0), None)
     assert recovered({"a": score(0.6)}, {"a": score(0.0)}) is None
     assert recovered({"a": score(0.6)}, {}) is None
+
+
+def test_flips_count_what_cancels_in_a_score():
+    given = {"a": score(2 / 3) | {"items": [[1, 1, 0]]}, "b": score(3.0) | {"items": [[1, 0], [2, 2]]}}
+    own = {"a": score(2 / 3) | {"items": [[0, 1, 1]]}, "b": score(3.0) | {"items": [[1, 0], [2, 0]]}}
+    value, error = flips(own, given)
+    assert value == pytest.approx(100 * (2 / 3 + 1 / 4) / 2)
+    assert error == pytest.approx(50 * ((1 / 3) / 3 + (1 / 4) / 4) ** 0.5)
+    assert flips(given, given)[0] == 0
+    assert flips(own, {}) is None
+    assert flips({"a": score(0.5)}, given) is None
 
 
 def test_tasks_tell_the_kinds_apart_and_check_both(tmp_path):

@@ -243,6 +243,7 @@ def test_without_a_text_recovery_leads(content):
     tasks = {"tiny_vlm": {**sampled(95.25), "by_task": {"lines": 0.9, "circles": 1.0}}}
     for one in entries:
         one["tasks"] = {"tiny_vlm": {**sampled(90.5), "by_task": {"lines": 0.8, "circles": 0.95}}}
+        one["flips"] = estimate(7.5, False, "items")
     bare = {**content, "evaluation": {}, "tasks": tasks, "groups": [{"title": "", "entries": entries}]}
     page = render(bare, [], [], "")
     assert verdict(entries)[0] == (
@@ -254,6 +255,8 @@ def test_without_a_text_recovery_leads(content):
     assert "<th class=n>Perplexity</th>" not in page
     assert "95.25 ± 0.05" in page
     assert '<td class="n">80.0%</td>' in page
+    assert "7.50 ± 0.15" in page
+    assert "Flips: of a hundred items" in page
     assert 'id="table-last-step"' in page
     assert "Recovery over the benchmarks (%)" in Elements(page).scripts["fig-time-data"]
 

@@ -10,7 +10,13 @@ from rich.text import Text
 
 from microbat.cli.app import Device, console, errors, with_error
 
-NAMES = {"perplexity": "perplexity", "ratio": "times float", "kl": "KL (nats)", "recovery": "recovery %"}
+NAMES = {
+    "perplexity": "perplexity",
+    "ratio": "times float",
+    "kl": "KL (nats)",
+    "recovery": "recovery %",
+    "flips": "flips %",
+}
 
 
 def evaluate(
@@ -103,8 +109,12 @@ def _print_comparison(result: dict[str, Any]) -> None:
                 table.add_row(Text(entry["label"]), *cells, minutes)
             console.print(table)
             if result["tasks"]:
-                rows = [("float", result["tasks"], "100")]
-                rows += [(e["label"], e["tasks"], _standing(e, "recovery", 2)) for e in own if "tasks" in e]
+                rows = [("float", result["tasks"], "100", "0")]
+                rows += [
+                    (e["label"], e["tasks"], _standing(e, "recovery", 2), _standing(e, "flips", 2))
+                    for e in own
+                    if "tasks" in e
+                ]
                 _print_scores(f"{table.title}: benchmarks", rows)
             for entry in own:
                 for seed, reason in entry["failed"].items():
@@ -148,22 +158,24 @@ def _print_tasks(result: dict[str, Any]) -> None:
     rows = []
     for name, row in result["models"].items():
         scores = {task: {**s, "value": s["score"], "error": s["stderr"]} for task, s in row["tasks"].items()}
-        recovered = "" if row["recovery"] is None else with_error(row["recovery"], row["recovery_stderr"], 2)
-        rows.append((name, scores, recovered))
+        both = [
+            "" if row[key] is None else with_error(row[key], row[f"{key}_stderr"], 2) for key in ("recovery", "flips")
+        ]
+        rows.append((name, scores, *both))
     _print_scores(f"recovery against {result['reference']}" if result["reference"] else "benchmarks", rows)
 
 
-def _print_scores(title: str, rows: list[tuple[str, dict[str, Any], str]]) -> None:
-    """One row per model: its name, its benchmarks' estimates, its recovery."""
+def _print_scores(title: str, rows: list[tuple[str, dict[str, Any], str, str]]) -> None:
+    """One row per model: its name, its benchmarks' estimates, its recovery, its flips."""
     from microbat.report.text import remarks
 
     table = Table(title=title)
-    for column in ("model", *rows[0][1], NAMES["recovery"]):
+    for column in ("model", *rows[0][1], NAMES["recovery"], NAMES["flips"]):
         table.add_column(column, justify="left" if column == "model" else "right")
-    for name, scores, recovered in rows:
+    for name, scores, *against in rows:
         cells = [
             with_error(score["value"], score["error"], 3 if score["value"] <= 1 else 2) + remarks(score)
             for score in scores.values()
         ]
-        table.add_row(Text(name), *cells, recovered)
+        table.add_row(Text(name), *cells, *against)
     console.print(table)

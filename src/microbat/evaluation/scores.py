@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,22 @@ def recovered_items(scores: Mapping[str, Any], reference: Mapping[str, Any]) -> 
         return None
     shares = {name: 100 / (len(scores) * reference[name]["score"]) for name in scores}
     return [[shares[name] * item for item in group] for name, score in scores.items() for group in score["items"]]
+
+
+def flips(scores: Mapping[str, Any], reference: Mapping[str, Any]) -> tuple[float, float | None] | None:
+    """Of a hundred items, how many score otherwise than ``reference``'s, the mean over benchmarks, and its standard error; None
+    where a benchmark does not tell its items.
+
+    Answers lost and answers won cancel in a score, and not here (Dutta et al., 2024, arXiv 2407.09141). Where answers are
+    drawn at random, some differ by that alone.
+    """
+    if any("items" not in side.get(name, {}) for name in scores for side in (scores, reference)):
+        return None
+    share = 100 / len(scores)
+    pairs = [
+        zip(chain(*score["items"]), chain(*reference[name]["items"]), strict=True) for name, score in scores.items()
+    ]
+    return summed([[share * (own != given) for own, given in items] for items in pairs])
 
 
 def _told(benchmark: Benchmark, problems: list[Problem], mode: str, suffix: str) -> tuple[Benchmark, list[Problem]]:

@@ -98,6 +98,8 @@ def _quality(content: dict, entries: list[dict]) -> str:
         f"({text['source']}). Lower is better for perplexity and KL divergence, higher for top-1 agreement and recovery. "
         f"{HOW_ERRORS}"
     )
+    if any("flips" in entry for entry in entries):
+        how += " Flips: of a hundred items, how many score otherwise than the float model's."
     figure = figures.bars(entries)
     tables = "".join(f"<h3>{escape(scheme)}</h3>{_table(own, content)}" for scheme, own in _by_scheme(entries).items())
     return section("quality", "Quality by method and scheme", how, _drawn("fig-quality", figure) + tables)
@@ -110,7 +112,7 @@ def _table(entries: list[dict], content: dict | None = None) -> str:
     heads = [
         "Method",
         *(["Perplexity", "× float", "KL", "Top-1"] if on_text else []),
-        *(["Recovery %"] if scored else []),
+        *(["Recovery %", "Flips %"] if scored else []),
         "± over",
         "Bits",
         "Minutes",
@@ -121,7 +123,7 @@ def _table(entries: list[dict], content: dict | None = None) -> str:
         own, cells = content["evaluation"], []
         if on_text:
             cells = [value_text({"value": own["perplexity"], "error": own["perplexity_stderr"]}, 2), "1", "0", "100%"]
-        cells += [*(["100"] if scored else []), "windows" if on_text else "items", "16", DASH]
+        cells += [*(["100", "0"] if scored else []), "windows" if on_text else "items", "16", DASH]
         rows.append(f"<tr><td>float</td>{''.join(f'<td class=n>{escape(cell)}</td>' for cell in cells)}</tr>")
     rows += [_row(entry, on_text, scored) for entry in entries]
     return (
@@ -131,7 +133,7 @@ def _table(entries: list[dict], content: dict | None = None) -> str:
 
 def _row(entry: dict, on_text: bool, scored: bool) -> str:
     if not {"ratio", "recovery"} & set(entry):
-        return f"<tr><td>{escape(entry['label'])}</td><td colspan=8>failed: {escape(_reason(entry))}</td></tr>"
+        return f"<tr><td>{escape(entry['label'])}</td><td colspan=9>failed: {escape(_reason(entry))}</td></tr>"
     cells = []
     if on_text:
         top1 = {key: 100 * value if key != "over" and value else value for key, value in entry["top1"].items()}
@@ -143,6 +145,7 @@ def _row(entry: dict, on_text: bool, scored: bool) -> str:
         ]
     if scored:
         cells.append(_cell(value_text(entry.get("recovery"), 2), entry["standing"].get("recovery", "")))
+        cells.append(_cell(value_text(entry.get("flips"), 2)))
     over = (entry["ratio"] if on_text else entry.get("recovery", {})).get("over", "")
     cells += [
         _cell(f"{len(entry['seeds'])} seeds" if over == "seeds" else over),
