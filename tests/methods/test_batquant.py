@@ -137,6 +137,7 @@ def test_refining_keeps_the_codes_and_lowers_the_error(tiny):
     [
         (GPTQ(), "W4A4", "auto", False),
         (GPTQ(), "W4A4", "rounded", True),
+        (GPTQ(), "W4A8", "auto", True),
         (GPTQ(), "W4A16", "auto", True),
         (RTN(), "W4A4", "auto", True),
     ],

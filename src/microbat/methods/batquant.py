@@ -66,7 +66,8 @@ class BATQuant(Preparer):
     clip: bool = True
     clip_lr: float = 2e-2  # unstated; 10 x the paper's rate, as FlatQuant
     # The paper's weights are clipped and rounded to nearest while the transforms train. auto: where the solver repairs what
-    # rounding loses, they stay in floats, whatever weight_clip says, which measured better (LOG.md).
+    # rounding loses, and activations are as coarse as weights, these stay in floats, whatever weight_clip says, which measured
+    # better there (LOG.md).
     training_weights: Literal["auto", "rounded"] = "auto"
     weight_clip: bool = True
     clip_scope: Scope = "block"  # global: Table 4's counterpart
@@ -179,9 +180,13 @@ class BATQuant(Preparer):
         )
 
     def _rounding(self, plan: Plan, solver: Solver) -> Rounding:
-        """Of the weights, while the transforms train. Without activations to learn from, it is the weights or nothing."""
-        facing_codes = all(site.activation is not None for site in plan.sites)
-        return "none" if self.training_weights == "auto" and solver.repairs and facing_codes else "fake"
+        """Of the weights, while the transforms train."""
+        coarse = all(
+            site.activation is not None
+            and site.activation.format.element.bits <= max(q.format.element.bits for q in site.weights.values())
+            for site in plan.sites
+        )
+        return "none" if self.training_weights == "auto" and solver.repairs and coarse else "fake"
 
     def _cache(self, kv: KVQuantizer, data: BlockData) -> KVQuantizer:
         """P_k, and a clip for each block of a head's lanes."""
