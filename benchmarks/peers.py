@@ -39,7 +39,6 @@ from microbat.runtime.load import load_dequantized
 from microbat.scheme import Scheme
 
 PRESETS = {"W4A4KV16": "MXFP4", "W4A4KV16:nvfp4": "NVFP4"}  # our schemes, the peers' names for them
-HADAMARD = {"transform": "hadamard", "epochs": 0, "distill_epochs": 0, "clip": False, "weight_clip": False}
 ONCE = {"epochs": 1, "refine_epochs": 1, "distill_epochs": 1}  # as in suites/small.yaml
 CHECKED_TOKENS = 64  # of the first window, on which every product is looked at
 
@@ -64,11 +63,7 @@ ROWS = (
     Row(method="AutoRound", peer="AutoRound"),
     Row(method="AutoRound, rceil scales", peer="AutoRound", options={"rceil": True}, schemes=("W4A4KV16",)),
     Row(method="GPTQ", options={"method": "gptq"}),
-    Row(
-        method="block-Hadamard + GPTQ",
-        options={"method": "batquant", "solver": "gptq", "settings": HADAMARD},
-        schemes=("W4A4KV16",),
-    ),
+    Row(method="block-Hadamard + GPTQ", options={"method": "block-hadamard", "solver": "gptq"}, schemes=("W4A4KV16",)),
     Row(method="BATQuant + GPTQ", options={"method": "batquant", "solver": "gptq", "settings": ONCE}),
     Row(method="BATQuant + learned rounding", options={"method": "batquant", "solver": "learned", "settings": ONCE}),
 )
