@@ -185,6 +185,18 @@ def test_an_ablation_has_a_line_for_each_combination_of_its_other_settings(conte
     assert [line["x"] for line in parts] == [["gpk", "none"]] * 2
 
 
+def test_a_family_is_named_by_the_words_that_its_rows_share(content):
+    alike = copy.deepcopy(content)
+    entries = [one for one in alike["groups"][0]["entries"] if one["label"] != "BATQuant + RTN"]
+    alike["groups"][0]["entries"] = entries
+    for one in entries:
+        one["label"] = {"BATQuant + learned rounding": "BATQuant + GPTAQ"}.get(one["label"], one["label"])
+    page = render(alike, [], [], "")
+    table = page[page.index('id="table-last-step"') :]
+    assert "<td>BATQuant</td>" in table
+    assert "<td>BATQuant + GPT" not in table[: table.index("</table>")]
+
+
 def test_what_was_not_measured_leaves_no_trace(content):
     bare = copy.deepcopy(content)
     for group in bare["groups"]:

@@ -258,9 +258,9 @@ def _spared(own: dict[str, dict], metric: figures.Metric) -> float | None:
 
 
 def _stem(own: dict[str, dict]) -> str:
-    """What the labels of rows that differ in their last step begin with."""
-    labels = [entry["label"] for entry in own.values()]
-    stem = os.path.commonprefix(labels).rstrip(" +,-(")
+    """The words that the labels of rows that differ in their last step begin with."""
+    labels = [entry["label"].split() for entry in own.values()]
+    stem = " ".join(os.path.commonprefix(labels)).rstrip(" +,-(")
     preparers = next(iter(own.values()))["preparers"]
     return stem or " + ".join(method["name"] for method in preparers) or "none"
 

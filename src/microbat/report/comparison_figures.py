@@ -13,6 +13,7 @@ from microbat.report.figures import COLOURS, SYMBOLS, axis, buttons, layout
 from microbat.report.text import duration, escape, fixed
 
 PATTERNS = ("", "/", ".")  # of bars, where there are more methods than colours
+FILLS = ("", "-open", "-open-dot")  # of symbols there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,7 @@ def ablation(entries: list[dict]) -> dict | None:
 
 
 def cost(entries: list[dict]) -> dict | None:
-    """The first metric against the time that a run took; a colour per method, filled or not, a symbol per scheme."""
+    """The first metric against the time that a run took; a colour and a fill per method, a symbol per scheme."""
     metrics = present(entries)
     if not metrics:
         return None
@@ -158,7 +159,7 @@ def cost(entries: list[dict]) -> dict | None:
             "marker": {
                 "color": COLOURS[index % len(COLOURS)],
                 "symbol": [
-                    SYMBOLS[schemes.index(entry["scheme"]) % len(SYMBOLS)] + "-open" * (index // len(COLOURS) % 2)
+                    SYMBOLS[schemes.index(entry["scheme"]) % len(SYMBOLS)] + FILLS[index // len(COLOURS) % len(FILLS)]
                     for entry in own
                 ],
                 "size": 11,
@@ -205,7 +206,7 @@ def _figure(traces: list[dict], x: dict, y: str, choices: list, **extra: object)
             xaxis=x,
             yaxis=axis(y),
             showlegend=True,
-            legend={"orientation": "h", "y": -0.2},
+            legend={"orientation": "h", "y": -0.28},
             updatemenus=[buttons(*choices)] if len(choices) > 1 else [],
             **extra,
         ),
