@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from microbat import pipeline
 from microbat.evaluation.benchmarks import BENCHMARKS
 from microbat.evaluation.generation import Sampling
 from microbat.suite import Suite
@@ -90,6 +91,17 @@ def test_the_suites_that_come_along_are_good(name):
     assert Suite.read(path).cells()
     if "quick" in yaml.safe_load(path.read_text()):
         assert Suite.read(path, quick=True).cells()
+
+
+@pytest.mark.parametrize("name", ["small", "formats", "nvfp4", "hifloat", "int8", "sub4bit"])
+def test_suites_for_smollm_are_accepted_at_its_widths(name, tiny, tmp_path):
+    model = tiny(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 100)
+    for quick in (False, True):
+        suite = Suite.read(ROOT / "suites" / f"{name}.yaml", model=str(model), calibration=str(text), quick=quick)
+        for cell in suite.cells():
+            pipeline.check(cell.recipe)
 
 
 def test_the_reasoning_suite_samples_as_the_paper():
