@@ -124,7 +124,9 @@ def make_plan(block: nn.Module, device: torch.device) -> Plan:
         SitePlan(site=site, transform=None, activation=quantizer, weights=dict.fromkeys(site.consumers, quantizer))
         for site in LLAMA.sites
     ]
-    data = SimpleNamespace(block=block, generator=torch.Generator().manual_seed(0), faked=lambda plan, weights: None)
+    data = SimpleNamespace(
+        block=block, generator=torch.Generator().manual_seed(0), faked=lambda plan, weights, rounding: None
+    )
     plan = BATQuant(epochs=0).prepare(data, Plan(sites=sites), Learned())
     for site in plan.sites:
         for module in (site.transform, site.activation, *site.weights.values()):

@@ -6,8 +6,8 @@ import torch
 from microbat.calibrate.data import from_model
 from microbat.methods.base import ModelData
 from microbat.methods.brq import BRQ
+from microbat.methods.end_to_end import cayley_step
 from microbat.methods.spinquant import SpinQuant
-from microbat.methods.whole import cayley_step
 from microbat.models.checkpoint import Checkpoint
 from microbat.scheme import Scheme
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from microbat.formats.block import BlockFormat, QTensor
 from microbat.kv import KVQuantizer
 from microbat.methods.base import BlockData, ModelData, Plan, Preparer, Rounding, SitePlan, Solver, Student, WholeModel
+from microbat.methods.end_to_end import distill
 from microbat.methods.learn import (
     IN_ORDER,
     Inputs,
@@ -36,7 +37,6 @@ from microbat.methods.learn import (
     start_scales,
     train_plan,
 )
-from microbat.methods.whole import distill
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.scheme import Scheme
@@ -280,5 +280,24 @@ class BATQuantPaper(BATQuant):
     batch: int = 4
     objective: Objective = "mse"
     inputs: Inputs = "float"
+    refine_epochs: int = 0
+    distill_epochs: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockHadamardAlone(BATQuant):
+    """X~ = X (I (x) H), W~ = W (I (x) H), H of the format's block, online, and nothing learned: the transform of MR-GPTQ
+    (Egiazarian et al., 2025, arXiv 2509.23202), which composes it with GPTQ. Here any solver does, and keys and values of a
+    quantized cache are rotated too.
+    """
+
+    name: ClassVar[str] = "block-hadamard"
+    summary: ClassVar[str] = "fixed Hadamard rotations of the format's blocks"
+
+    transform: Kind = "hadamard"
+    channel_scale: float = 0.0
+    clip: bool = False
+    weight_clip: bool = False
+    epochs: int = 0
     refine_epochs: int = 0
     distill_epochs: int = 0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from microbat.methods.base import BlockData, ModelData, Plan, Preparer, Solver, WholeModel
-from microbat.methods.whole import learn_rotation
+from microbat.methods.end_to_end import learn_rotation
 from microbat.models.rotation import Rotation
 from microbat.transforms.hadamard import BlockHadamard, hadamard
 

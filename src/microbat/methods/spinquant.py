@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 
 from microbat.methods.base import BlockData, ModelData, Plan, Preparer, Solver, WholeModel
-from microbat.methods.whole import learn_rotation
+from microbat.methods.end_to_end import learn_rotation
 from microbat.models.rotation import Rotation
 from microbat.transforms.hadamard import Hadamard, random_hadamard
 
