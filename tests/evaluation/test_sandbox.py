@@ -46,7 +46,7 @@ def test_endless_loops_and_sleepers_are_stopped(isolation, monkeypatch):
     monkeypatch.setattr(sandbox, "SECONDS", 10)
     monkeypatch.setattr(sandbox, "RUNNER", sandbox.RUNNER.replace('"CPU": 10', '"CPU": 1'))
     assert not runs_to_its_end("while True: pass")
-    assert time.monotonic() - started < 50  # less than the sleeper's minute
+    assert time.monotonic() - started < 20
 
 
 def test_the_callers_secrets_and_folder_stay_outside(isolation, monkeypatch):
