@@ -399,7 +399,7 @@ class TestBadInput:
 
 
 def test_pictures_alone_without_a_text(tiny, tmp_path, monkeypatch):
-    """A vision-language model on a benchmark of pictures: recovery leads, case studies stand on the page."""
+    """A vision-language model on a benchmark of pictures: recovery leads, cases stand on the page. Then on answers, too."""
     image = pytest.importorskip("PIL.Image")
     rows = []
     for index in range(6):
@@ -443,6 +443,15 @@ def test_pictures_alone_without_a_text(tiny, tmp_path, monkeypatch):
     assert section.count('src="data:image/png;base64,') == 3
     assert all(f"How many? {index}" in section for index in (0, 2, 4))
     assert not any(f"How many? {index}" in section for index in (1, 3, 5))
+
+    suite["evaluation"]["text"] = str(tmp_path / "pairs")  # the answers' likelihoods besides, of the same cells
+    done = CliRunner().invoke(app, ["compare", "--suite", str(save(suite, tmp_path)), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    result = json.loads((out / "comparison.json").read_text())
+    assert (result["evaluation"]["windows"], result["evaluation"]["window"]) == (6, None)
+    assert [one["recovery"]["value"] for one in (entry(result, "RTN"), entry(result, "GPTQ"))] == [0, 50]
+    assert all(one["kl"]["value"] > 0 for one in (entry(result, "RTN"), entry(result, "GPTQ")))
+    assert "Measured on pairs, 6 answers, the same for all" in (out / "comparison.html").read_text()
 
 
 def test_a_suite_that_measures_nothing_is_refused(content, tmp_path):

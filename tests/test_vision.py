@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -348,6 +349,71 @@ def test_gqa_by_name(tiny, images, monkeypatch):
     ]
     with pytest.raises(ValueError, match="'gqa' has 2 pairs; 3 are asked for"):
         samples("gqa", checkpoint, 3, 128, torch.Generator(), skip_bad=False)
+
+
+@pytest.fixture
+def answered(tiny, images, tmp_path) -> tuple[Path, Path]:
+    """A model whose template ends an answer by a token, and goes on after it; a folder in which every question has one."""
+    model, folder = (
+        shutil.copytree(source, tmp_path / name) for source, name in ((tiny("qwen3_vl"), "m"), (images, "p"))
+    )
+    template = model / "chat_template.jinja"
+    ended = "{{ message.content }}<|endoftext|>{{ 'what was' }}"
+    assert (whole := template.read_text()).count("{{ message.content }}") == 1
+    template.write_text(whole.replace("{{ message.content }}", ended))
+    lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps({"answer": "it is", **line}) for line in lines))
+    return model, folder
+
+
+def test_measured_on_answers(answered, tmp_path):
+    """Against transformers' own loss of the answers' tokens and the one that ends them; then the commands."""
+    model, folder = answered
+    processor, loaded = pipeline.processor_of(model), pipeline.load(model)
+    losses, counts = [], []
+    for line in map(json.loads, (folder / "pairs.jsonl").read_text().splitlines()):
+        image = Image.open(folder / line["image"]).convert("RGB")
+        whole = processor("", image, line.get("question") or line["prompt"], line["answer"])
+        ids = processor.tokenizer(line["answer"] + "<|endoftext|>", add_special_tokens=False)["input_ids"]
+        end = whole["input_ids"][0].tolist().index(ids[-1]) + 1
+        labels = torch.full_like(whole["input_ids"], -100)
+        labels[0, end - len(ids) : end] = torch.tensor(ids)
+        assert torch.equal(labels[0, end - len(ids) : end], whole["input_ids"][0, end - len(ids) : end])
+        with torch.no_grad():
+            losses.append(loaded(**whole, labels=labels).loss.item() * len(ids))
+        counts.append(len(ids))
+    assert len(set(counts)) > 1
+    out = microbat.quantize(model, out=tmp_path / "q", scheme="W4A4", method="rtn", calibration=str(folder), **FAST)
+    result = microbat.evaluate({"q": out}, text=str(folder), windows=16)
+    assert (result["text"], result["windows"], result["window"], result["tokens"]) == ("p", 6, None, sum(counts))
+    reference, row = result["rows"]
+    assert reference["perplexity"] == pytest.approx(math.exp(sum(losses) / sum(counts)), rel=1e-4)
+    assert row["kl"] > 1e-4
+    shown = CliRunner().invoke(app, ["eval", str(out), "--text", str(folder), "--windows", "3"])
+    assert shown.exit_code == 0, shown.output
+    assert "p: 3 answers" in shown.output
+    assert "3 answers, " in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        ("answer", r"pairs.jsonl:1 \(0.png\) has no answer"),
+        ("image", r"pairs.jsonl:2 \(1.png\): the image cannot be read"),
+        ("model", "cannot be asked about pictures"),
+    ],
+)
+def test_what_cannot_be_measured_on_answers(tiny, images, tmp_path, spoil, said):
+    folder, model = shutil.copytree(images, tmp_path / "images"), tiny("llama" if spoil == "model" else "qwen3_vl")
+    file = folder / "pairs.jsonl"
+    if spoil == "answer":
+        file.write_text('{"image": "0.png", "question": "?"}\n')
+    else:
+        file.write_text("\n".join(line for line in file.read_text().splitlines() if "answer" in line))
+    if spoil == "image":
+        (folder / "1.png").write_text("no image")
+    with pytest.raises(ValueError, match=said):
+        microbat.evaluate({"float": model}, text=str(folder))
 
 
 def test_images_for_a_model_without_eyes(tiny, images):

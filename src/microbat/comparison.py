@@ -105,7 +105,7 @@ def _check(suite: Suite, place: Path) -> Tasks:
         elif read_json(made)["recipe"] != to_json(cell.recipe):
             raise ValueError(f"{made.parent} was made by another recipe; remove it or choose another output folder")
     if evaluation.text:
-        measure.text_windows(suite.model, evaluation.text, evaluation.window, evaluation.windows)
+        measure.protocol(suite.model, evaluation.text, evaluation.window, evaluation.windows)
     data = Path(evaluation.data) if evaluation.data else None
     thinking = measure.thinking(suite.model, evaluation.modes)
     return Tasks(

@@ -12,11 +12,13 @@ from microbat.evaluation.generation import Sampling, Served
 from microbat.evaluation.quality import compare
 from microbat.evaluation.scores import Scores, Tasks, by_likelihood, flips, recovered
 from microbat.evaluation.text import load_text
-from microbat.evaluation.windows import Windows, tokenize
+from microbat.evaluation.windows import Answers, Inputs, Windows, tokenize
 from microbat.evaluation.windows import windows as cut_windows
 from microbat.export import folder as folders
 from microbat.models.base import Thinking
 from microbat.models.checkpoint import Checkpoint, resolve
+from microbat.models.pairs import Pair, pairs_in
+from microbat.models.processor import Processor
 from microbat.pipeline import load, pick_device, processor_of, tokenizer_of
 from microbat.registry import pick
 from microbat.runtime.cache import new_cache
@@ -33,7 +35,8 @@ def evaluate(
     device: str = "auto",
     reference: str = "float",
 ) -> dict[str, Any]:
-    """Perplexity, KL divergence and top-1 agreement of ``models`` (name -> folder or hub name) on one text.
+    """Perplexity, KL divergence and top-1 agreement of ``models`` (name -> folder or hub name) on one text, or on the answers to
+    questions about pictures.
 
     ``reference`` names the one that the others are compared with; a microbat folder brings its own float model when the
     reference is not among the models and its recipe says where that is. Plain data, as the report wants it.
@@ -42,7 +45,7 @@ def evaluate(
     if reference not in models:
         models = {reference: _float_model(next(iter(models.values()))), **models}
     chosen = pick_device(device)
-    name, cut = text_windows(models[reference], text, window, windows)
+    name, cut = protocol(models[reference], text, window, windows)
     loaders = {name: partial(load, path, device=chosen) for name, path in models.items()}
     if sum(_float32_bytes(path) for path in models.values()) < HELD_TOGETHER:
         candidates: dict[str, Any] = {name: loader() for name, loader in loaders.items()}
@@ -55,6 +58,28 @@ def text_windows(model: str | Path, text: str, window: int, windows: int) -> tup
     """The text's full name, and its first ``windows`` windows in the tokens of ``model``."""
     named = load_text(text)
     return named.name, cut_windows(tokenize(named.text, tokenizer_of(model)), window=window, limit=windows)
+
+
+def protocol(model: str | Path, text: str, window: int, windows: int) -> tuple[str, Windows | Answers]:
+    """The name of what ``text`` stands for, and what is read of it: windows, or where it is a folder of pictures with questions
+    the first ``windows`` of their answers.
+
+    Errors: ValueError, naming it, for a picture that cannot be read, a question without answer, a model that takes no pictures.
+    """
+    folder = Path(text)
+    if not folder.is_dir():
+        return text_windows(model, text, window, windows)
+    pairs = pairs_in(folder)[:windows]
+    for pair in pairs:
+        if pair.answer is None:
+            raise ValueError(f"{pair.name} has no answer; a model is measured on those")
+        pair.picture()
+    processor = processor_of(model)
+    return folder.name, Answers([partial(_answered, processor, pair) for pair in pairs])
+
+
+def _answered(processor: Processor, pair: Pair) -> tuple[Inputs, int]:
+    return processor.answered(pair.name, pair.picture(), pair.question, str(pair.answer))
 
 
 def thinking(model: str | Path, modes: Sequence[str]) -> Thinking | None:

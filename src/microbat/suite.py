@@ -51,9 +51,9 @@ class CalibrationText:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What every cell is measured on: windows of a text (empty: none), and benchmarks (see
-    :class:`microbat.evaluation.scores.Tasks`), those in the model's own words once in each of its ``modes`` of thinking; models
-    that have none are asked once."""
+    """What every cell is measured on: windows of a text, or answers in a folder of images with questions (empty: none), and
+    benchmarks (see :class:`microbat.evaluation.scores.Tasks`), those in the model's own words once in each of its ``modes`` of
+    thinking; models that have none are asked once."""
 
     text: str = "python-docs"
     window: int = 1024

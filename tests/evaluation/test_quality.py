@@ -70,7 +70,7 @@ def test_uniform_logits_have_the_perplexity_of_the_vocabulary(tokens, chunk):
 def test_perplexity_equals_transformers_own_loss(tokens):
     model, cut = llama(0), windows(tokens, T)
     with torch.no_grad():
-        losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row, _ in cut]
+        losses = [model(**inputs, labels=inputs["input_ids"]).loss.item() for inputs, _ in cut]
     result = perplexity(model, cut, progress=False)
     assert result.nll == pytest.approx(sum(losses) / W, abs=1e-5)
     assert result.value == pytest.approx(math.exp(sum(losses) / W), rel=1e-5)
@@ -175,7 +175,7 @@ def test_logits_that_are_not_numbers_name_model_and_window(tokens):
     with torch.no_grad():
         broken.logits_VV[tokens[2 * T], 5] = torch.nan
     cut = windows(tokens, T)
-    index = next(i for i, (row, _) in enumerate(cut) if (row[:-1] == tokens[2 * T]).any())
+    index = next(i for i, row in enumerate(cut.tokens_WT) if (row[:-1] == tokens[2 * T]).any())
     with pytest.raises(FloatingPointError, match=f"'broken' gives NaN or infinite logits in window {index}"):
         compare({"base": table(1), "broken": broken}, "base", cut, progress=False)
 

@@ -20,7 +20,7 @@ def test_windows_do_not_overlap_by_default_and_leave_out_the_rest():
 @pytest.mark.parametrize("stride", [1, 3, 5, 7])
 def test_overlapping_windows_count_each_token_once(stride):
     cut = windows(torch.arange(50), window=8, stride=stride)
-    counted = [token for tokens_T, fresh in cut for token in tokens_T[-fresh:].tolist()]
+    counted = [token for inputs, fresh in cut for token in inputs["input_ids"][0, -fresh:].tolist()]
     assert counted == list(range(1, cut.tokens_WT[-1, -1].item() + 1))
     assert cut.num_predictions == len(counted)
 

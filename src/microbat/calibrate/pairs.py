@@ -1,20 +1,13 @@
-"""Calibration on images with questions: a local folder, or a data set of the hub by name.
+"""Calibration on images with questions: a local folder (:mod:`microbat.models.pairs`), or a data set of the hub by name.
 
-A folder holds its images and one ``.jsonl`` file, a line a pair::
-
-    {"image": "images/0001.png", "question": "How many circles touch?", "answer": "2"}
-
-``image`` is a path below the folder; ``prompt`` may stand for ``question``; ``answer`` may be missing, the pair is then the
-question alone. ``gqa`` is the training split of GQA (arXiv 1902.09506), which BATQuant calibrates on (section 4.1.2: 128
-pairs). Images go through the model's own image processor, questions and answers through its chat template.
+A pair without an answer is the question alone. ``gqa`` is the training split of GQA (arXiv 1902.09506), which BATQuant
+calibrates on (section 4.1.2: 128 pairs). Images go through the model's own image processor, questions and answers through its
+chat template.
 """
 
 # Shapes: L tokens of a pair, T patches of its image, P numbers of a patch.
 
-import io
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +15,10 @@ import torch
 
 from microbat.calibrate.stream import Sample
 from microbat.models.checkpoint import Checkpoint
+from microbat.models.pairs import Pair, pairs_in, pillow
 from microbat.models.processor import FILES, Processor, has_processor
 
 HUB_PAIRS = {"gqa": ("lmms-lab/GQA", "train_balanced_images", "train_balanced_instructions", "train")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """``name`` is how errors call it; ``image`` a file or the encoded bytes."""
-
-    name: str
-    image: Path | bytes
-    question: str
-    answer: str | None
 
 
 def are_pairs(source: str) -> bool:
@@ -54,12 +38,9 @@ def check(source: str, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} has no {FILES[0]}: the model's image processor is missing. Copy it from the model's "
             "page, or calibrate the language model alone, on text"
         )
-    try:
-        import PIL  # noqa: F401
-    except ImportError as error:
-        raise ImportError("images are read by Pillow, an extra: pip install 'microbat[vision]'") from error
+    pillow()
     if source not in HUB_PAIRS:
-        _lines(Path(source))
+        pairs_in(Path(source))
 
 
 def samples(
@@ -74,11 +55,11 @@ def samples(
     processor = Processor(checkpoint.path)
     made: list[Sample] = []
     skipped: list[str] = []
-    for pair in _hub(source) if source in HUB_PAIRS else _shuffled(_lines(Path(source)), generator):
+    for pair in _hub(source) if source in HUB_PAIRS else _shuffled(pairs_in(Path(source)), generator):
         if len(made) == num:
             break
         try:
-            image = _opened(pair)
+            image = pair.picture()
         except ValueError as error:
             if not skip_bad:
                 raise ValueError(f"{error}; --skip-bad leaves such pairs out") from error
@@ -104,32 +85,6 @@ def _sample(processor: Processor, pair: Pair, image: Any, length: int) -> Sample
     return {**whole, **kept}
 
 
-def _lines(folder: Path) -> list[Pair]:
-    """The pairs of a folder, their images not read yet."""
-    files = sorted(folder.glob("*.jsonl"))
-    if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "none"
-        raise ValueError(f"calibration folder {folder} must hold one .jsonl file, a line a pair; it holds {found}")
-    pairs = []
-    for number, line in enumerate(files[0].read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        name = f"{files[0]}:{number}"
-        try:
-            row = json.loads(line)
-            pairs.append(
-                Pair(
-                    name=f"{name} ({row['image']})",
-                    image=folder / row["image"],
-                    question=row["question"] if "question" in row else row["prompt"],
-                    answer=row.get("answer"),
-                )
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{name} is not a pair with image, question (or prompt) and answer ({error})") from error
-    return pairs
-
-
 def _shuffled(pairs: list[Pair], generator: torch.Generator) -> Iterator[Pair]:
     for index in torch.randperm(len(pairs), generator=generator).tolist():
         yield pairs[index]
@@ -152,14 +107,3 @@ def _hub(source: str) -> Iterator[Pair]:
                 question=own[0],
                 answer=own[1],
             )
-
-
-def _opened(pair: Pair) -> Any:
-    """Its image, decoded, as RGB; ValueError, naming it, where it cannot be."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(pair.image) if isinstance(pair.image, bytes) else pair.image) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError) as error:  # Pillow's errors for what is missing, truncated, or no image
-        raise ValueError(f"{pair.name}: the image cannot be read ({error})") from error

@@ -22,9 +22,12 @@ NAMES = {
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Folders or names on the hub; a name=path gives a row its name.")],
     text: Annotated[
-        str, typer.Option(help="python-docs (comes with Python), a .txt/.raw/.jsonl file, or wikitext-2-raw.")
+        str,
+        typer.Option(
+            help="python-docs (comes with Python), a .txt/.raw/.jsonl file, wikitext-2-raw, or a folder of images with answers."
+        ),
     ] = "python-docs",
-    windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 16,
+    windows: Annotated[int, typer.Option(help="How many windows of the text, or answers of the folder.")] = 16,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     tasks: Annotated[
         str, typer.Option(help="Benchmarks instead of a text, as piqa,gsm8k (extra: microbat[tasks]).")
@@ -138,9 +141,9 @@ def _named(argument: str) -> tuple[str, str]:
 
 
 def _print_quality(result: dict[str, Any]) -> None:
-    table = Table(
-        title=f"{result['text']}: {result['windows']} windows of {result['window']}, stride {result['stride']}"
-    )
+    from microbat.report.text import extent
+
+    table = Table(title=f"{result['text']}: {extent(result)}")
     for column in ("model", "perplexity", "ratio", "KL (nats)", "top-1 agreement"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in result["rows"]:

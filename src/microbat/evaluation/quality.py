@@ -1,9 +1,10 @@
 """How well a model predicts a text, and how far it is from a reference: perplexity, KL divergence, top-1 agreement.
 
-Means are over predictions. Standard errors treat windows as independent draws (None for a single window).
+Means are over predictions. Standard errors treat windows as independent draws (None for a single window). An answer with its
+question is a window of its own length.
 """
 
-# Shapes: T tokens in a window, F its predictions that count, V vocabulary.
+# Shapes: T tokens in a window, or in a question with its answer, F its predictions that count, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from microbat.evaluation.progress import bar
-from microbat.evaluation.windows import Windows
+from microbat.evaluation.windows import Answers, Inputs, Windows
 
 CHUNK = 2**24  # float32 elements of [rows, V] at a time: 64 MiB, whatever the vocabulary
 
@@ -32,8 +33,8 @@ class Perplexity:
     stderr: float | None
     tokens: int
     windows: int
-    window: int
-    stride: int
+    window: int | None
+    stride: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,8 @@ class Comparison:
     rows: list[Row]
     tokens: int
     windows: int
-    window: int
-    stride: int
+    window: int | None
+    stride: int | None
 
 
 @dataclass
@@ -86,12 +87,12 @@ class _Sums:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, windows: Windows, *, progress: bool = True) -> Perplexity:
+def perplexity(model: nn.Module, windows: Windows | Answers, *, progress: bool = True) -> Perplexity:
     """Perplexity of a causal LM on ``windows``, on the model's own device. A bar on stderr shows the time left."""
     sums: list[float] = []
     with _evaluating(model), bar("perplexity", len(windows), progress) as advance:
-        for tokens_T, fresh in windows:
-            nll = _nll(*_predictions(model, tokens_T, fresh))
+        for inputs, fresh in windows:
+            nll = _nll(*_predictions(model, inputs, fresh))
             sums.append(_finite(nll, "the model", len(sums)))
             advance(_running(sums, windows))
     nll, stderr = _mean(sums, windows)
@@ -108,7 +109,7 @@ def perplexity(model: nn.Module, windows: Windows, *, progress: bool = True) -> 
 
 @torch.no_grad()
 def compare(
-    models: Mapping[str, nn.Module | Loader], reference: str, windows: Windows, *, progress: bool = True
+    models: Mapping[str, nn.Module | Loader], reference: str, windows: Windows | Answers, *, progress: bool = True
 ) -> Comparison:
     """Every model against ``models[reference]`` on the same windows.
 
@@ -164,29 +165,27 @@ def _compare_group(
     reference: str,
     base: nn.Module,
     others: Mapping[str, nn.Module | Loader],
-    windows: Windows,
+    windows: Windows | Answers,
     advance: Callable[[str], None],
 ) -> dict[str, _Sums]:
     """Sums of the reference and of the others. What it loads is freed when it returns."""
     loaded = {name: _loaded(model) for name, model in others.items()}
     sums = {name: _Sums() for name in (reference, *loaded)}
     with _evaluating(*loaded.values()):
-        for tokens_T, fresh in windows:
-            base_FV, targets_F = _predictions(base, tokens_T, fresh)
+        for inputs, fresh in windows:
+            base_FV, targets_F = _predictions(base, inputs, fresh)
             sums[reference].append(reference, _nll(base_FV, targets_F), 0.0, float(fresh))
             advance(f"{reference} {_running(sums[reference].nll, windows)}")
             for name, model in loaded.items():
-                sums[name].append(name, *_against(base_FV, name, model, tokens_T))
+                sums[name].append(name, *_against(base_FV, name, model, inputs))
                 advance(f"{name} {_running(sums[name].nll, windows)}")
             del base_FV  # or it would still be held while the next window's are computed
     return sums
 
 
-def _against(
-    base_FV: Float[Tensor, "F V"], name: str, model: nn.Module, tokens_T: Int[Tensor, " T"]
-) -> tuple[float, float, float]:
+def _against(base_FV: Float[Tensor, "F V"], name: str, model: nn.Module, inputs: Inputs) -> tuple[float, float, float]:
     """Sums over a window's predictions: negative log-likelihood, KL and agreement. Its logits are freed on return."""
-    logits_FV, targets_F = _predictions(model, tokens_T, base_FV.shape[0])
+    logits_FV, targets_F = _predictions(model, inputs, base_FV.shape[0])
     if logits_FV.shape != base_FV.shape:
         raise ValueError(
             f"model {name!r} has a vocabulary of {logits_FV.shape[-1]}, the reference one of {base_FV.shape[-1]}"
@@ -194,13 +193,11 @@ def _against(
     return _nll(logits_FV, targets_F), *_agreement(base_FV, logits_FV)
 
 
-def _predictions(
-    model: nn.Module, tokens_T: Int[Tensor, " T"], fresh: int
-) -> tuple[Float[Tensor, "F V"], Int[Tensor, " F"]]:
+def _predictions(model: nn.Module, inputs: Inputs, fresh: int) -> tuple[Float[Tensor, "F V"], Int[Tensor, " F"]]:
     """The logits of a window's last ``fresh`` predictions, in the model's dtype, and the tokens that came."""
+    tokens_T = inputs["input_ids"][0]
     tensor = next(model.parameters(), next(model.buffers(), tokens_T))
-    tokens_T = tokens_T.to(tensor.device)
-    logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
+    logits_TV = model(**{name: t.to(tensor.device) for name, t in inputs.items()}, use_cache=False).logits[0]
     return logits_TV[-1 - fresh : -1], tokens_T[-fresh:].to(logits_TV.device)
 
 
@@ -230,7 +227,7 @@ def _agreement(base_FV: Float[Tensor, "F V"], logits_FV: Float[Tensor, "F V"]) -
     return kl, top1
 
 
-def _row(name: str, sums: _Sums, base: _Sums, windows: Windows) -> Row:
+def _row(name: str, sums: _Sums, base: _Sums, windows: Windows | Answers) -> Row:
     nll, nll_stderr = _mean(sums.nll, windows)
     excess, excess_stderr = _mean([a - b for a, b in zip(sums.nll, base.nll, strict=True)], windows)
     kl, kl_stderr = _mean(sums.kl, windows)
@@ -250,11 +247,11 @@ def _row(name: str, sums: _Sums, base: _Sums, windows: Windows) -> Row:
     )
 
 
-def _per_prediction(sums: list[float], windows: Windows) -> list[float]:
+def _per_prediction(sums: list[float], windows: Windows | Answers) -> list[float]:
     return [value / windows.fresh(index) for index, value in enumerate(sums)]
 
 
-def _mean(sums: list[float], windows: Windows) -> tuple[float, float | None]:
+def _mean(sums: list[float], windows: Windows | Answers) -> tuple[float, float | None]:
     """Mean per prediction over the windows so far, and its standard error.
 
     Windows weigh as many predictions as they count; with equal weights the error is the usual std / sqrt(W).
@@ -273,7 +270,7 @@ def _scaled(stderr: float | None, derivative: float) -> float | None:
     return None if stderr is None else stderr * derivative
 
 
-def _running(sums: list[float], windows: Windows) -> str:
+def _running(sums: list[float], windows: Windows | Answers) -> str:
     return f"perplexity {_exp(_mean(sums, windows)[0]):.4g}"
 
 

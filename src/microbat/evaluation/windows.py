@@ -1,14 +1,16 @@
-"""A text as windows of tokens: what the models read, and which of their predictions count."""
+"""What models read, and which of their predictions count: windows of a text, or questions with their answers."""
 
 # Shapes: T tokens in a window, W windows, L tokens in the text.
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+Inputs = dict[str, Tensor]  # what a model is called with, by name; input_ids [1, T] among it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +27,9 @@ class Windows:
     def __len__(self) -> int:
         return self.tokens_WT.shape[0]
 
-    def __iter__(self) -> Iterator[tuple[Int[Tensor, " T"], int]]:
-        """Pairs (tokens of a window, number of its last predictions that count)."""
-        return ((tokens_T, self.fresh(index)) for index, tokens_T in enumerate(self.tokens_WT))
+    def __iter__(self) -> Iterator[tuple[Inputs, int]]:
+        """What a model is called with for each window, and the number of its last predictions that count."""
+        return (({"input_ids": tokens_T[None]}, self.fresh(index)) for index, tokens_T in enumerate(self.tokens_WT))
 
     @property
     def window(self) -> int:
@@ -42,6 +44,37 @@ class Windows:
     def fresh(self, index: int) -> int:
         """How many predictions of window ``index`` count."""
         return self.window - 1 if index == 0 else min(self.stride, self.window - 1)
+
+
+class Answers:
+    """Questions, say about pictures, each with its answer: the answers' tokens are the predictions that count.
+
+    ``makers`` give what the model is called with and how many of its last tokens are the answer's. Each is called anew
+    whenever the answers are gone through, so that no more than one picture is in memory.
+    """
+
+    window = stride = None
+
+    def __init__(self, makers: Sequence[Callable[[], tuple[Inputs, int]]]):
+        self.makers = makers
+        self._fresh: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+    def __iter__(self) -> Iterator[tuple[Inputs, int]]:
+        for index, make in enumerate(self.makers):
+            inputs, self._fresh[index] = make()
+            yield inputs, self._fresh[index]
+
+    @property
+    def num_predictions(self) -> int:
+        """How many predictions counted, over all answers, after they were gone through."""
+        return sum(self._fresh.values())
+
+    def fresh(self, index: int) -> int:
+        """How many predictions of answer ``index`` count, after it was reached."""
+        return self._fresh[index]
 
 
 def windows(

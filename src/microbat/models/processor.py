@@ -61,6 +61,20 @@ class Processor:
             "image_grid_thw": patches["image_grid_thw"],
         }
 
+    def answered(self, name: str, picture: Any, question: str, answer: str) -> tuple[dict[str, Tensor], int]:
+        """The conversation up to the token that ends the answer, and how many tokens the answer is with that one."""
+        whole = self(name, picture, question, answer)
+        asked, said = (inputs["input_ids"][0] for inputs in (self(name, picture, question), whole))
+        shared = min(len(asked), len(said))
+        start = int(
+            (asked[:shared] == said[:shared]).cumprod(0).sum()
+        )  # a template may prompt otherwise than it answers
+        end = self.tokenizer.eos_token_id
+        ends = torch.empty(0) if end is None else (said[start:] == end).nonzero()
+        stop = start + int(ends[0]) + 1 if len(ends) else len(said)
+        kept = {key: whole[key][:, :stop] for key in ("input_ids", "mm_token_type_ids")}
+        return {**whole, **kept}, stop - start
+
     def tokens_of(self, grid: Tensor) -> int:
         """How many tokens a picture takes, whose patches lie in a ``grid``."""
         return int(grid.prod()) // self.images.merge_size**2

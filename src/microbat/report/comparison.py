@@ -15,7 +15,7 @@ from microbat.report.cases import case_studies
 from microbat.report.comparison_figures import value_text
 from microbat.report.page import frame, plotly_script, write
 from microbat.report.sections import activation_plots, figure_html, section, tree
-from microbat.report.text import DASH, escape, fixed, percent, remarks
+from microbat.report.text import DASH, escape, extent, fixed, percent, remarks
 
 LINKS = (
     ("quality", "Quality"),
@@ -88,11 +88,7 @@ def _headline(entries: list[dict]) -> str:
 
 def _quality(content: dict, entries: list[dict]) -> str:
     evaluation, text = content["evaluation"], content["calibration"]
-    on = (
-        f"{evaluation['text']}, {evaluation['windows']} windows of {evaluation['window']} tokens"
-        if evaluation
-        else "benchmarks alone"
-    )
+    on = f"{evaluation['text']}, {extent(evaluation)}" if evaluation else "benchmarks alone"
     how = (
         f"Measured on {on}, the same for all; calibrated on {text['samples']} sequences of {text['length']} tokens "
         f"({text['source']}). Lower is better for perplexity and KL divergence, higher for top-1 agreement and recovery. "

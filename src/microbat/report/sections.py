@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from microbat.report import distributions, figures
-from microbat.report.text import DASH, duration, escape, fixed, is_number, number, percent, size
+from microbat.report.text import DASH, duration, escape, extent, fixed, is_number, number, percent, size
 from microbat.report.verdict import ratio, rows_of_interest, verdict
 
 NUM_OPEN_LAYERS = 4  # layers whose surfaces are drawn at once: two WebGL views each, of the 16 that browsers keep
@@ -204,15 +204,9 @@ def _protocol(evaluation: dict) -> str:
         "higher for top-1 agreement with it."
     )
     measured = [f"on {evaluation['text']}"] if evaluation.get("text") else []
-    for key, phrase in (
-        ("windows", "{} windows"),
-        ("window", "of {} tokens"),
-        ("stride", "stride {}"),
-        ("tokens", "{} predicted tokens"),
-    ):
-        if is_number(evaluation.get(key)):
-            measured.append(phrase.format(number(evaluation[key])))
-    return f"{text} Measured {', '.join(measured)}.".replace(" windows, of", " windows of") if measured else text
+    measured += [extent(evaluation)] if "window" in evaluation else []
+    measured += [f"{number(evaluation['tokens'])} predicted tokens"] if is_number(evaluation.get("tokens")) else []
+    return f"{text} Measured {', '.join(measured)}." if measured else text
 
 
 def _evaluation_table(report: dict) -> str:

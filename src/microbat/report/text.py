@@ -41,6 +41,15 @@ def percent(share: Any, decimals: int = 1) -> str:
     return fixed(100 * share, decimals, "%") if is_number(share) else DASH
 
 
+def extent(evaluation: dict[str, Any]) -> str:
+    """How much was read: 16 windows of 1,024 tokens, stride 1,024; or 1,400 answers."""
+    if evaluation["window"] is None:
+        return f"{number(evaluation['windows'])} answers"
+    return "{} windows of {} tokens, stride {}".format(
+        *(number(evaluation[key]) for key in ("windows", "window", "stride"))
+    )
+
+
 def size(num_bytes: Any) -> str:
     """Bytes in binary units: 72.3 MiB."""
     if not is_number(num_bytes):
