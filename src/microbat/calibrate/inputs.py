@@ -113,11 +113,12 @@ def statistics(stream: SiteStream, needs: frozenset[str], shift: Tensor | None) 
         return None
     corrected = (x if shift is None else x + shift for x in stream.quantized())
     width = stream.first.weight.shape[1]
-    hessian, deviation = (Hessian(width, stream.device) for _ in range(2))
+    hessian = Hessian(width, stream.device)
     if "deviation" not in needs:
         for x in corrected:
             hessian.add(x)
         return Statistics(hessian=hessian.mean)
+    deviation = Hessian(width, stream.device)
     for x, exact in zip(corrected, stream.float(), strict=True):
         hessian.add(x)
         deviation.add(x, exact - x)

@@ -17,7 +17,7 @@ class Hessian:
         x_TK = x.reshape(-1, x.shape[-1]).to(torch.float32)
         other_TK = x_TK if other is None else other.reshape(x_TK.shape).to(torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            self._sum += (other_TK.T @ x_TK).to(torch.float64)
+            self._sum += other_TK.T @ x_TK
         self.tokens += x_TK.shape[0]
 
     @property

@@ -88,7 +88,7 @@ class GPTQ(Solver):
         order = None
         if not isinstance(inner, Mixed) and grouped(self.order, inner.format):
             order = group_order(hessian.diagonal(), inner.format.block_of(weight.shape[1]))
-            weight, hessian, dead = weight[:, order], hessian[order][:, order], dead[order]
+            weight, hessian, dead = weight[:, order], hessian[order[:, None], order], dead[order]
         factor, damping = inverse_cholesky(hessian, self.damping, dead)
         drift = None
         if asymmetry:
@@ -167,7 +167,7 @@ def deviation(statistics: Statistics, order: Tensor | None) -> Tensor:
     if statistics.deviation is None:
         raise ValueError("the solver needs the deviation of the layer's input from the float model's")
     found = statistics.deviation.to(torch.float64)
-    return found if order is None else found[order][:, order]
+    return found if order is None else found[order[:, None], order]
 
 
 def inverse_cholesky(hessian: Tensor, damping: float, dead: Tensor) -> tuple[Tensor, float]:
@@ -177,15 +177,18 @@ def inverse_cholesky(hessian: Tensor, damping: float, dead: Tensor) -> tuple[Ten
         raise ValueError(
             "the Hessian is not finite or is zero: the layer's calibration inputs hold NaN, Inf or nothing"
         )
+    # One more K x K for all steps, column by column as LAPACK wants it: at K = 12288 each is 1.2 GB.
+    factor, failed = torch.empty_like(hessian).mT, torch.empty((), dtype=torch.int32, device=hessian.device)
     for attempt in range(DAMPING_TRIES):
         tried = damping * 10**attempt
-        damped = hessian + torch.diag(torch.where(dead, mean, tried * mean))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        factor.copy_(hessian).diagonal().add_(torch.where(dead, mean, tried * mean))
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if failed:
             continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        torch.cholesky_inverse(factor, out=factor)
+        torch.linalg.cholesky_ex(factor, upper=True, out=(factor, failed))
         if not failed:
-            return upper, tried
+            return factor, tried
     raise ValueError(f"the Hessian stays singular with damping raised to {tried:g} of its mean diagonal")
 
 
