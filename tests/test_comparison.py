@@ -452,9 +452,16 @@ def test_pictures_alone_without_a_text(tiny, tmp_path, monkeypatch):
     assert [one["recovery"]["value"] for one in (entry(result, "RTN"), entry(result, "GPTQ"))] == [0, 50]
     assert all(one["kl"]["value"] > 0 for one in (entry(result, "RTN"), entry(result, "GPTQ")))
     assert "Measured on pairs, 6 answers, the same for all" in (out / "comparison.html").read_text()
+    suite["evaluation"]["skip"] = 2
+    done = CliRunner().invoke(app, ["compare", "--suite", str(save(suite, tmp_path)), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "Measured on pairs, 4 answers, after the first 2, the same" in (out / "comparison.html").read_text()
 
 
 def test_a_suite_that_measures_nothing_is_refused(content, tmp_path):
     nothing = {**content, "evaluation": {"text": ""}}
     with pytest.raises(ValueError, match="evaluation: nothing is measured: it needs a text, or tasks"):
         microbat.compare(save(nothing, tmp_path), out=tmp_path / "out")
+    before = {**content, "evaluation": {"skip": -1}}
+    with pytest.raises(ValueError, match="evaluation: skip=-1 must be 0 or more"):
+        microbat.compare(save(before, tmp_path), out=tmp_path / "out")

@@ -105,7 +105,7 @@ def _check(suite: Suite, place: Path) -> Tasks:
         elif read_json(made)["recipe"] != to_json(cell.recipe):
             raise ValueError(f"{made.parent} was made by another recipe; remove it or choose another output folder")
     if evaluation.text:
-        measure.protocol(suite.model, evaluation.text, evaluation.window, evaluation.windows)
+        measure.protocol(suite.model, **_reading(suite))
     data = Path(evaluation.data) if evaluation.data else None
     thinking = measure.thinking(suite.model, evaluation.modes)
     return Tasks(
@@ -132,7 +132,7 @@ def _key(content: Any) -> str:
 def _measure_quality(suite: Suite, place: Path, cells: Sequence[Cell]) -> None:
     """Perplexity and distance from the float model of what has not been measured yet, as many at once as memory holds, up to
     :data:`AT_ONCE`: they share one pass of the float model over the text."""
-    on = {name: getattr(suite.evaluation, name) for name in ("text", "window", "windows")}
+    on = _reading(suite)
     protocol = {"model": suite.model, **on}
     folders = {cell.name: _folder(place, cell) for cell in cells}
 
@@ -150,6 +150,12 @@ def _measure_quality(suite: Suite, place: Path, cells: Sequence[Cell]) -> None:
     share(place / "locks", todo, work, min(AT_ONCE, max(1, measure.held_together(suite.model) - 1)))
     if _kept(place, "quality", protocol) is None:  # no cell was left to be measured beside it
         work([])
+
+
+def _reading(suite: Suite) -> dict[str, Any]:
+    """What every model reads."""
+    names = ("text", "window", "windows", *(["skip"] if suite.evaluation.skip else []))
+    return {name: getattr(suite.evaluation, name) for name in names}
 
 
 def _measure_answers(suite: Suite, tasks: Tasks, place: Path, cells: Sequence[Cell]) -> None:
@@ -203,7 +209,7 @@ def _keep(place: Path, kind: str, protocol: dict[str, Any], result: dict[str, An
 def _content(suite: Suite, place: Path, failures: dict[str, str]) -> dict[str, Any]:
     """The whole comparison as plain data: what the terminal shows and the page draws."""
     reference = _numbers(place)
-    measured = ("text", "windows", "window", "stride", "tokens", "perplexity", "perplexity_stderr")
+    measured = ("text", "windows", "window", "stride", "skipped", "tokens", "perplexity", "perplexity_stderr")
     groups = {cell.group: [c for c in suite.cells() if c.group == cell.group] for cell in suite.cells()}
     scores = reference["tasks"]["result"] if suite.evaluation.tasks else {}
     return {
@@ -211,7 +217,7 @@ def _content(suite: Suite, place: Path, failures: dict[str, str]) -> dict[str, A
         "title": suite.title,
         "model": suite.model,
         "calibration": asdict(suite.calibration),
-        "evaluation": {name: reference["quality"]["result"][name] for name in measured}
+        "evaluation": {name: reference["quality"]["result"].get(name) for name in measured}
         if suite.evaluation.text
         else {},
         "tasks": _tasks([scores]),

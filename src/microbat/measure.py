@@ -32,11 +32,12 @@ def evaluate(
     text: str = "python-docs",
     window: int = 1024,
     windows: int = 16,
+    skip: int = 0,
     device: str = "auto",
     reference: str = "float",
 ) -> dict[str, Any]:
     """Perplexity, KL divergence and top-1 agreement of ``models`` (name -> folder or hub name) on one text, or on the answers to
-    questions about pictures.
+    questions about pictures: ``windows`` of them, after the first ``skip``.
 
     ``reference`` names the one that the others are compared with; a microbat folder brings its own float model when the
     reference is not among the models and its recipe says where that is. Plain data, as the report wants it.
@@ -45,7 +46,7 @@ def evaluate(
     if reference not in models:
         models = {reference: _float_model(next(iter(models.values()))), **models}
     chosen = pick_device(device)
-    name, cut = protocol(models[reference], text, window, windows)
+    name, cut = protocol(models[reference], text, window, windows, skip)
     loaders = {name: partial(load, path, device=chosen) for name, path in models.items()}
     if sum(_float32_bytes(path) for path in models.values()) < HELD_TOGETHER:
         candidates: dict[str, Any] = {name: loader() for name, loader in loaders.items()}
@@ -54,28 +55,30 @@ def evaluate(
     return {"text": name, **dataclasses.asdict(compare(candidates, reference, cut))}
 
 
-def text_windows(model: str | Path, text: str, window: int, windows: int) -> tuple[str, Windows]:
-    """The text's full name, and its first ``windows`` windows in the tokens of ``model``."""
+def text_windows(model: str | Path, text: str, window: int, windows: int, skip: int = 0) -> tuple[str, Windows]:
+    """The text's full name, and ``windows`` of its windows in the tokens of ``model``, after the first ``skip``."""
     named = load_text(text)
-    return named.name, cut_windows(tokenize(named.text, tokenizer_of(model)), window=window, limit=windows)
+    return named.name, cut_windows(tokenize(named.text, tokenizer_of(model)), window=window, limit=windows, skip=skip)
 
 
-def protocol(model: str | Path, text: str, window: int, windows: int) -> tuple[str, Windows | Answers]:
+def protocol(model: str | Path, text: str, window: int, windows: int, skip: int = 0) -> tuple[str, Windows | Answers]:
     """The name of what ``text`` stands for, and what is read of it: windows, or where it is a folder of pictures with questions
-    the first ``windows`` of their answers.
+    ``windows`` of their answers, after the first ``skip``.
 
     Errors: ValueError, naming it, for a picture that cannot be read, a question without answer, a model that takes no pictures.
     """
     folder = Path(text)
     if not folder.is_dir():
-        return text_windows(model, text, window, windows)
-    pairs = pairs_in(folder)[:windows]
+        return text_windows(model, text, window, windows, skip)
+    pairs = pairs_in(folder)[skip:][:windows]
+    if not pairs:
+        raise ValueError(f"{folder} has no pair after the first {skip}")
     for pair in pairs:
         if pair.answer is None:
             raise ValueError(f"{pair.name} has no answer; a model is measured on those")
         pair.picture()
     processor = processor_of(model)
-    return folder.name, Answers([partial(_answered, processor, pair) for pair in pairs])
+    return folder.name, Answers([partial(_answered, processor, pair) for pair in pairs], skip)
 
 
 def _answered(processor: Processor, pair: Pair) -> tuple[Inputs, int]:

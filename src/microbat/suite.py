@@ -51,13 +51,15 @@ class CalibrationText:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What every cell is measured on: windows of a text, or answers in a folder of images with questions (empty: none), and
-    benchmarks (see :class:`microbat.evaluation.scores.Tasks`), those in the model's own words once in each of its ``modes`` of
-    thinking; models that have none are asked once."""
+    """What every cell is measured on: windows of a text, or answers in a folder of images with questions (empty: none), after
+    the first ``skip``, on which settings may have been chosen; and benchmarks (see
+    :class:`microbat.evaluation.scores.Tasks`), those in the model's own words once in each of its ``modes`` of thinking; models
+    that have none are asked once."""
 
     text: str = "python-docs"
     window: int = 1024
     windows: int = 16
+    skip: int = 0
     tasks: tuple[str, ...] = ()
     data: str = ""
     limit: int | None = None
@@ -67,6 +69,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         if not self.text and not self.tasks:
             raise ValueError("nothing is measured: it needs a text, or tasks")
+        if self.skip < 0:
+            raise ValueError(f"skip={self.skip} must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

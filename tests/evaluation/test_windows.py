@@ -15,6 +15,8 @@ def test_windows_do_not_overlap_by_default_and_leave_out_the_rest():
     assert (len(cut), cut.window, cut.stride, cut.num_predictions) == (4, 8, 8, 28)
     assert len(windows(torch.arange(35), window=8, limit=3)) == 3
     assert len(windows(torch.arange(35), window=8, limit=9)) == 4
+    later = windows(torch.arange(35), window=8, limit=2, skip=1)
+    assert (later.tokens_WT.tolist(), later.skipped) == (cut.tokens_WT[1:3].tolist(), 1)
 
 
 @pytest.mark.parametrize("stride", [1, 3, 5, 7])
@@ -33,6 +35,8 @@ def test_overlapping_windows_count_each_token_once(stride):
         ({"window": 8, "stride": 0}, "stride=0"),
         ({"window": 8, "limit": 0}, "limit=0 leaves no window"),
         ({"window": 36}, "35 tokens, fewer than one window of 36"),
+        ({"window": 8, "skip": 4}, "skip=4 is not between 0 and the text's 4 windows less one"),
+        ({"window": 8, "skip": -1}, "skip=-1"),
     ],
 )
 def test_errors_name_field_and_value(settings, problem):

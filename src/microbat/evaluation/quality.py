@@ -70,6 +70,7 @@ class Comparison:
     windows: int
     window: int | None
     stride: int | None
+    skipped: int
 
 
 @dataclass
@@ -136,6 +137,7 @@ def compare(
         windows=len(windows),
         window=windows.window,
         stride=windows.stride,
+        skipped=windows.skipped,
     )
 
 

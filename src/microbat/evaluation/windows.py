@@ -23,6 +23,7 @@ class Windows:
 
     tokens_WT: Int[Tensor, "W T"]
     stride: int
+    skipped: int = 0  # windows of the text before the first of these
 
     def __len__(self) -> int:
         return self.tokens_WT.shape[0]
@@ -55,8 +56,8 @@ class Answers:
 
     window = stride = None
 
-    def __init__(self, makers: Sequence[Callable[[], tuple[Inputs, int]]]):
-        self.makers = makers
+    def __init__(self, makers: Sequence[Callable[[], tuple[Inputs, int]]], skipped: int = 0):
+        self.makers, self.skipped = makers, skipped
         self._fresh: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -82,8 +83,9 @@ def windows(
     window: int = 1024,
     stride: int | None = None,
     limit: int | None = None,
+    skip: int = 0,
 ) -> Windows:
-    """The first ``limit`` full windows of a text that was tokenised once, as a whole.
+    """The first ``limit`` full windows of a text that was tokenised once, as a whole, after ``skip`` that are left out.
 
     ``stride`` defaults to ``window``, the standard: windows do not overlap, each predicts its last window - 1 tokens,
     and a rest shorter than a window is left out. ``limit`` None takes all windows; a text may give fewer.
@@ -103,7 +105,10 @@ def windows(
             f"the text has {len(tokens_L)} tokens, fewer than one window of {window}: "
             "take a longer text or a smaller window"
         )
-    return Windows(tokens_WT=tokens_L.unfold(0, window, stride)[:limit], stride=stride)
+    tokens_WT = tokens_L.unfold(0, window, stride)
+    if not 0 <= skip < len(tokens_WT):
+        raise ValueError(f"skip={skip} is not between 0 and the text's {len(tokens_WT)} windows less one")
+    return Windows(tokens_WT=tokens_WT[skip:][:limit], stride=stride, skipped=skip)
 
 
 def tokenize(text: str, tokenizer: Any) -> Int[Tensor, " L"]:
