@@ -66,9 +66,8 @@ class Processor:
         whole = self(name, picture, question, answer)
         asked, said = (inputs["input_ids"][0] for inputs in (self(name, picture, question), whole))
         shared = min(len(asked), len(said))
-        start = int(
-            (asked[:shared] == said[:shared]).cumprod(0).sum()
-        )  # a template may prompt otherwise than it answers
+        # What both begin with: a template may prompt otherwise than it answers.
+        start = int((asked[:shared] == said[:shared]).cumprod(0).sum())
         end = self.tokenizer.eos_token_id
         ends = torch.empty(0) if end is None else (said[start:] == end).nonzero()
         stop = start + int(ends[0]) + 1 if len(ends) else len(said)

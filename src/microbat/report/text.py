@@ -44,7 +44,7 @@ def percent(share: Any, decimals: int = 1) -> str:
 def extent(evaluation: dict[str, Any]) -> str:
     """How much was read: 16 windows of 1,024 tokens, stride 1,024, after the first 24; or 1,400 answers."""
     phrase = "{} answers" if evaluation["window"] is None else "{} windows of {} tokens, stride {}"
-    read = phrase.format(*(number(evaluation[key]) for key in ("windows", "window", "stride")))
+    read = phrase.format(*(number(evaluation.get(key)) for key in ("windows", "window", "stride")))
     return f"{read}, after the first {number(skipped)}" if (skipped := evaluation.get("skipped")) else read
 
 
