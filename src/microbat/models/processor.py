@@ -43,17 +43,8 @@ class Processor:
         input_ids and mm_token_type_ids [1, T], pixel_values and image_grid_thw. ValueError, with the ``name`` of the pair, where
         the chat template does not name one picture.
         """
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        ]
-        messages += [] if answer is None else [{"role": "assistant", "content": answer}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
-        places = text.count(self.token)
-        if places != 1:
-            raise ValueError(f"{name}: its text has {places} places for images (token {self.token}), and 1 image")
         patches = self.images(images=[picture], return_tensors="pt")
-        text = text.replace(self.token, self.token * self.tokens_of(patches["image_grid_thw"]))
-        input_ids = torch.tensor([self.tokenizer(text, add_special_tokens=False)["input_ids"]])
+        input_ids = self._ids(name, question, answer, patches["image_grid_thw"])
         return {
             "input_ids": input_ids,
             "mm_token_type_ids": (input_ids == self.token_id).to(torch.int32),
@@ -64,7 +55,7 @@ class Processor:
     def answered(self, name: str, picture: Any, question: str, answer: str) -> tuple[dict[str, Tensor], int]:
         """The conversation up to the token that ends the answer, and how many tokens the answer is with that one."""
         whole = self(name, picture, question, answer)
-        asked, said = (inputs["input_ids"][0] for inputs in (self(name, picture, question), whole))
+        asked, said = self._ids(name, question, None, whole["image_grid_thw"])[0], whole["input_ids"][0]
         shared = min(len(asked), len(said))
         # What both begin with: a template may prompt otherwise than it answers.
         start = int((asked[:shared] == said[:shared]).cumprod(0).sum())
@@ -77,3 +68,16 @@ class Processor:
     def tokens_of(self, grid: Tensor) -> int:
         """How many tokens a picture takes, whose patches lie in a ``grid``."""
         return int(grid.prod()) // self.images.merge_size**2
+
+    def _ids(self, name: str, question: str, answer: str | None, grid: Tensor) -> Tensor:
+        """The conversation's tokens [1, T], those of a picture whose patches lie in a ``grid`` among them."""
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        ]
+        messages += [] if answer is None else [{"role": "assistant", "content": answer}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+        places = text.count(self.token)
+        if places != 1:
+            raise ValueError(f"{name}: its text has {places} places for images (token {self.token}), and 1 image")
+        text = text.replace(self.token, self.token * self.tokens_of(grid))
+        return torch.tensor([self.tokenizer(text, add_special_tokens=False)["input_ids"]])
