@@ -8,6 +8,7 @@ from microbat.formats.hifloat import HIF4, HIF8, S1P2
 from microbat.formats.integer import INT4_GROUP, INT8_ROW
 from microbat.formats.microscaling import MXFP4, NVFP4
 from microbat.methods.base import Solution, Statistics
+from microbat.methods.gptaq import GPTAQ
 from microbat.methods.gptq import GPTQ, inverse_cholesky
 from microbat.methods.rtn import RTN
 from microbat.quantizers.base import AbsMax
@@ -50,6 +51,27 @@ def test_beats_rtn_on_correlated_inputs(format):
     rtn = loss(RTN().solve(weight, quantizer, None), weight, x)
     gptq = loss(GPTQ().solve(weight, quantizer, Statistics(hessian=hessian(x))), weight, x)
     assert gptq < 0.8 * rtn
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [*(AbsMax(format=format) for format in FORMATS if format is not NVFP4), AbsMax(format=HIF8, rule="pts")],
+    ids=lambda q: f"{q.format.name}-{q.rule}",
+)
+@pytest.mark.parametrize("solver", [GPTQ(), GPTAQ()], ids=lambda s: s.name)
+def test_weights_of_one_activation_are_what_each_is_alone(solver, quantizer):
+    """One factor serves them all. NVFP4 shares its tensor scale besides (test_tensor_scale.py)."""
+    weight, x = problem(N=56)
+    weights = dict(zip("qkv", weight.split((32, 16, 8)), strict=True))
+    weights["v"] = weights["v"] * 5
+    clips = {path: Clip(quantizer, torch.full((1, 1, 2), 0.8), whole=True) for path in weights}
+    found = Statistics(hessian=hessian(x), deviation=hessian(x) * 0.1)
+    for quantizers in (dict.fromkeys(weights, quantizer), clips):
+        for path, solution in solver.solve_site(weights, quantizers, found).items():
+            alone = solver.solve(weights[path], quantizers[path], found)
+            assert torch.equal(solution.weight.codes, alone.weight.codes)
+            assert torch.equal(solution.weight.dequantize(), alone.weight.dequantize())
+            assert solution.notes == alone.notes
 
 
 def test_columns_follow_the_textbook_recursion():

@@ -49,3 +49,5 @@ def test_block_transforms_as_wide_as_the_layer(tiny, text_file):
     pipeline.check(recipe(tiny, text_file, "batquant", g=64, **settings))
     with pytest.raises(ValueError, match="g1=5 does not divide the transform block, which is 128; --set g1=1 does"):
         pipeline.check(recipe(tiny, text_file, "batquant", g1=5))
+    with pytest.raises(ValueError, match="batquant.g=48 does not divide 128 channels; --set g=0"):
+        pipeline.check(recipe(tiny, text_file, "batquant", g=48))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from microbat.formats.block import QTensor
 from microbat.formats.composite import Composite
+from microbat.formats.scales import sees_tensor
 from microbat.kv import KVQuantizer
 from microbat.models.base import Site
 from microbat.models.checkpoint import Checkpoint
@@ -271,12 +272,14 @@ class Solver(Method):
     """Picks the codes of one weight. ``needs`` names the statistics of the layer's quantized input that it wants;
     ``weight_lr``, in units of each weight's root mean square, asks a preparer to train the weights along with its own
     parameters. ``takes_stacks``: :meth:`solve` rounds the weights [E, N, K] of experts as they are; others get one after the
-    other. ``repairs``: what rounding one column loses, those after it make up for."""
+    other. ``repairs``: what rounding one column loses, those after it make up for. ``by_row``: each row is rounded by itself, and
+    what the Hessian asks for once is worth having once for all weights that read one activation."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     weight_lr: ClassVar[float | None] = None
     takes_stacks: ClassVar[bool] = False
     repairs: ClassVar[bool] = False
+    by_row: ClassVar[bool] = False
 
     def check_experts(self) -> None:
         missing = ", ".join(sorted(self.needs - {"hessian"}))
@@ -306,9 +309,10 @@ class Solver(Method):
         """Codes of all the weights that read one activation, by path.
 
         In a format with a tensor scale they are one weight of more rows, each clipped as its quantizer says, and so share it:
-        engines multiply them at once. Solvers that decide more for them together do so here.
+        engines multiply them at once. So they are for a solver that goes ``by_row``, to save time. Solvers that decide more for
+        them together do so here.
         """
-        inner = together(quantizers)
+        inner = together(quantizers, by_row=self.by_row)
         if inner is None:
             return {path: self.solve(weight, quantizers[path], statistics) for path, weight in weights.items()}
         stack = [clipped(quantizers[path], weight) for path, weight in weights.items()]
@@ -321,8 +325,11 @@ class Solver(Method):
         }
 
 
-def together(quantizers: dict[str, Quant]) -> AbsMax | None:
-    """What rounds the weights that read one activation as one, their clips aside; None where each is rounded by itself."""
+def together(quantizers: dict[str, Quant], *, by_row: bool = False) -> AbsMax | None:
+    """What rounds the weights that read one activation as one, their clips aside; None where each is rounded by itself.
+    ``by_row``: as one also where no scale sees more than a row."""
     inner = rounding(next(iter(quantizers.values())))
-    shares = len(quantizers) > 1 and isinstance(inner, AbsMax) and inner.format.has_tensor_scale
-    return inner if shares else None
+    if len(quantizers) == 1 or not isinstance(inner, AbsMax):
+        return None
+    alone = by_row and not sees_tensor(inner.format, inner.rule)
+    return inner if inner.format.has_tensor_scale or alone else None

@@ -123,7 +123,11 @@ class BATQuant(Preparer):
     def check_width(self, width: int, scheme: Scheme) -> None:
         """A format whose scales span a row has blocks as long as the layer is wide, which not every transform can be."""
         block = self.g or scheme.block or width
-        if self.transform == "hadamard" and block & (block - 1):
+        if self.transform in ("none", "global"):
+            return
+        if width % block:
+            reason = f"{self.name}.g={self.g} does not divide {width} channels; --set g=0, blocks as long as the format's, does"
+        elif self.transform == "hadamard" and block & (block - 1):
             reason = (
                 f"blocks of {block} for {self.name}.transform=hadamard are no power of two; --set g={width & -width} is"
             )

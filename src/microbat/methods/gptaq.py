@@ -28,6 +28,7 @@ class GPTAQ(Solver):
     summary: ClassVar[str] = "GPTQ that also makes up for what the layers before it changed in the input"
     needs: ClassVar[frozenset[str]] = frozenset({"hessian", "deviation"})
     repairs: ClassVar[bool] = True
+    by_row: ClassVar[bool] = True
 
     alpha: float = 0.25
     damping: float = 0.01  # of the mean diagonal of H

@@ -52,6 +52,7 @@ class GPTQ(Solver):
     summary: ClassVar[str] = "error feedback from column to column by the input's Hessian"
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     repairs: ClassVar[bool] = True
+    by_row: ClassVar[bool] = True
 
     damping: float = 0.01  # of the mean diagonal of H; the authors' percdamp
     order: Order = "auto"
