@@ -113,3 +113,28 @@ def test_scales_inside_a_block_saturate_where_their_part_does():
     assert x.grad[[1, 9]].tolist() == [1, 1]
     assert x.grad[8] == 0
     assert x.grad[0].item() == pytest.approx(((7 + 1 + 3.5 + 0.5) - (1 + 0.5)) / 7)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradient_of_a_clip_of_rows_is_autograd_s(compiled):
+    """Against amin, amax and clamp in float64, with ties, an all-positive and an all-zero row."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1200 if compiled else 12, 128, generator=g).to(torch.float64)
+    x[0, :3], x[1], x[2] = x[0].amax() + 1, x[1].abs() + 0.5, 0.0
+    ratios = 0.5 + 0.4 * torch.rand(len(x), 1, 2, generator=g).to(torch.float64)
+    weigh = torch.randn(x.shape, generator=g).to(torch.float64)
+
+    def reference(x, ratios):
+        low = ratios[..., 0] * x.amin(-1, keepdim=True).clamp(max=0)
+        high = ratios[..., 1] * x.amax(-1, keepdim=True).clamp(min=0)
+        return torch.minimum(torch.maximum(x, low), high)
+
+    def clip(x, ratios):
+        return Clip(AbsMax(format=MXFP4), ratios, whole=True).clip(x)
+
+    wanted = torch.autograd.functional.vjp(reference, (x, ratios), weigh)
+    found = torch.autograd.functional.vjp(clip, (x.float(), ratios.float()), weigh.float())
+    torch.testing.assert_close(found[0], wanted[0].float())
+    for ours, exact in zip(found[1], wanted[1], strict=True):
+        rows = [row for row in range(len(x)) if row != 2]  # between bounds of zero a zero is on all three sides
+        torch.testing.assert_close(ours[rows], exact[rows].float(), rtol=1e-4, atol=1e-5)

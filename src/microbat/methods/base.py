@@ -81,7 +81,8 @@ class Plan:
                 weights[producer] = weights[producer] * plan.scale[:, None]
             if biases.get(producer) is not None:
                 biases[producer] = biases[producer] * plan.scale
-            weights |= {path: weights[path] / plan.scale for path in plan.weights if path in weights}
+            inverse = plan.scale.reciprocal()  # whose gradient is one product with the weight, a quotient's three
+            weights |= {path: weights[path] * inverse for path in plan.weights if path in weights}
         if self.values is None:
             return weights, biases
         lanes = self.values.width

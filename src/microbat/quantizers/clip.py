@@ -2,6 +2,8 @@
 
 # Shapes: K last axis, G blocks along K.
 
+import functools
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from microbat.formats.block import BlockFormat, QTensor, join_blocks, split_blocks
 from microbat.quantizers.base import AbsMax
+from microbat.quantizers.kernel import EAGER_BELOW, bounds, can_compile, compiled
 
 Q = TypeVar("Q")
 INIT_LOGIT = 4.0  # sigmoid 0.982, as FlatQuant starts; the paper does not say (sheet C4)
@@ -64,9 +67,8 @@ class Clip(nn.Module):
         """``x`` [..., K] with every block clipped; float32."""
         width = x.shape[-1]
         x_GB = split_blocks(x.to(torch.float32), width if self.whole else self.inner.format.block_of(width))
-        low = self.ratios[..., 0] * x_GB.amin(-1).clamp(max=0)
-        high = self.ratios[..., 1] * x_GB.amax(-1).clamp(min=0)
-        return join_blocks(x_GB.clamp(low[..., None], high[..., None]), x.shape[-1])
+        low, high = (ratio.expand(x_GB.shape[:-1]) for ratio in self.ratios.unbind(-1))
+        return join_blocks(_Clipped.apply(x_GB, low, high), width)
 
     def quantize(self, x: Tensor) -> QTensor:
         return self.inner.quantize(self.clip(x))
@@ -76,6 +78,47 @@ class Clip(nn.Module):
             return self.inner.fake(self.clip(x))
         ratios = self.ratios
         return self.inner.fake(x, ratios[..., 0], ratios[..., 1])
+
+
+class _Clipped(torch.autograd.Function):
+    """``x`` [..., G, B] clipped to the shares ``low`` and ``high`` [..., G] of its extremes. What autograd makes of amin and amax
+    counts their ties in int64 and takes longer than all else that a clip of whole rows does (LOG.md)."""
+
+    @staticmethod
+    def forward(ctx, x, low, high):
+        ctx.save_for_backward(x, low, high)
+        below, above = bounds(x, low, high)
+        return x.clamp(below[..., None], above[..., None])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, low, high = ctx.saved_tensors
+        rows = grad.flatten(0, -2), x.flatten(0, -2), low.flatten(), high.flatten()
+        function = _backward if grad.numel() < EAGER_BELOW or not can_compile() else _compiled_backward()
+        grad_x, grad_low, grad_high = function(*(tensor.detach().contiguous() for tensor in rows))
+        return grad_x.view_as(x), grad_low.view_as(low), grad_high.view_as(high)
+
+
+def _backward(grad: Tensor, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``_Clipped`` for rows [R, B] and shares [R]; lanes that hold an extreme together share what the bound passes
+    on to it."""
+    smallest, largest = x.amin(-1), x.amax(-1)
+    under = x < (low * smallest.clamp(max=0))[..., None]
+    over = x > (high * largest.clamp(min=0))[..., None]
+    grad_below, grad_above = (torch.where(mask, grad, 0.0).sum(-1) for mask in (under, over))
+    grad_x = torch.where(under | over, 0.0, grad)
+    for extreme, passed in (
+        (smallest, torch.where(smallest <= 0, low * grad_below, 0.0)),
+        (largest, torch.where(largest >= 0, high * grad_above, 0.0)),
+    ):
+        holds = (x == extreme[..., None]).to(x.dtype)
+        grad_x = grad_x + holds * (passed / holds.sum(-1))[..., None]
+    return grad_x, grad_below * smallest.clamp(max=0), grad_above * largest.clamp(min=0)
+
+
+@functools.cache
+def _compiled_backward() -> Callable:
+    return compiled(_backward, "clip_backward")
 
 
 def rounding(quantizer: Q | Clip) -> Q | AbsMax:
