@@ -235,23 +235,25 @@ INLINE uint32_t largest(const In* x, int64_t n) {
     return uint32_t(most);
 }
 
-template <class In>
-INLINE Block measure(const In* x, int64_t n, const float* ratios, float outer, const Format& f) {
-    Block b{0, 0, 0, 0, 0};
-    uint32_t amax;
-    if (ratios) {
-        uint32_t high, low;
-        extremes(x, n, high, low);
-        b.low = -float_of(low) * ratios[0], b.high = float_of(high) * ratios[1];
-        low = bits_of(-b.low) & MAGNITUDE, high = bits_of(b.high) & MAGNITUDE;
-        amax = high > low ? high : low;
-    } else {
-        amax = largest(x, n);
-    }
-    b.scale = block_scale(amax, outer, f);
+INLINE Block block_of(float low, float high, uint32_t amax_bits, float outer, const Format& f) {
+    Block b{low, high, block_scale(amax_bits, outer, f), 0, 0};
     b.product = f.scale == E4M3 ? b.scale * outer : b.scale;
     b.inverse = 1.0f / b.product;
     return b;
+}
+
+// The block between these two bounds: low <= 0 <= high.
+INLINE Block between(float low, float high, float outer, const Format& f) {
+    const uint32_t down = bits_of(-low) & MAGNITUDE, up = bits_of(high) & MAGNITUDE;
+    return block_of(low, high, up > down ? up : down, outer, f);
+}
+
+template <class In>
+INLINE Block measure(const In* x, int64_t n, const float* ratios, float outer, const Format& f) {
+    if (!ratios) return block_of(0, 0, largest(x, n), outer, f);
+    uint32_t high, low;
+    extremes(x, n, high, low);
+    return between(-float_of(low) * ratios[0], float_of(high) * ratios[1], outer, f);
 }
 
 // Element values of a block, before they are scaled back. POWER: the scale is a power of two, so its inverse is exact.
@@ -523,6 +525,100 @@ void quantize(const In* x, int64_t rows, int64_t width, const Map& m, Clip all, 
     });
 }
 
+// ---- the gradient of quantizing ------------------------------------------------------------------------------------
+
+constexpr int LANES = 16;  // sums that run side by side
+
+INLINE float total(const float* lanes) {
+    float sums[LANES];
+    std::memcpy(sums, lanes, sizeof sums);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+    return sums[0];
+}
+
+// See quantizers/kernel.py, backward. `to` [n] and, where there are ratios, `grad_ratios` [2] are written.
+template <bool POWER, class Grad, class In>
+INLINE void backward_block(const Grad* grad, const In* x, int64_t n, const float* ratios, float outer, const Format& f,
+                           In* to, float* grad_ratios) {
+    const Rounding r(f);
+    uint32_t high_bits, low_bits;
+    extremes(x, n, high_bits, low_bits);
+    const float largest = float_of(high_bits), smallest = -float_of(low_bits);
+    const float low_share = ratios ? ratios[0] : 1.0f, high_share = ratios ? ratios[1] : 1.0f;
+    const Block b = between(smallest * low_share, largest * high_share, outer, f);
+    const float low = b.low, high = b.high, product = b.product, inverse = b.inverse, limit = product * f.max;
+    float along[LANES] = {}, above[LANES] = {}, below[LANES] = {};
+    auto add = [&](int64_t i, int lane) {
+        const float v = load(x[i]), d = load(grad[i]), c = v < low ? low : v > high ? high : v;
+        const float kept = std::fabs(c) <= limit ? d : 0.0f;
+        const float unit = POWER ? c * inverse : product == 0 ? 0.0f : c / product;
+        along[lane] += d * (round_to(unit, r.max, r.min_binade, r.room) * product) - kept * c;
+        above[lane] += v > high ? kept : 0.0f;
+        below[lane] += v < low ? kept : 0.0f;
+    };
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int lane = 0; lane < LANES; ++lane) add(i + lane, lane);
+    for (int lane = 0; i < n; ++i, ++lane) add(i, lane);
+    const float amax = high > -low ? high : -low, grad_amax = amax > 0 ? total(along) / amax : 0.0f;
+    const float grad_high = total(above) + (high >= -low ? grad_amax : 0.0f);
+    const float grad_low = total(below) - (high >= -low ? 0.0f : grad_amax);
+    const float at_high = grad_high * high_share, at_low = grad_low * low_share;
+    for (int64_t k = 0; k < n; ++k) {
+        const float v = load(x[k]), c = v < low ? low : v > high ? high : v;
+        float passed = std::fabs(c) <= limit && v == c ? load(grad[k]) : 0.0f;
+        passed += v == largest ? at_high : 0.0f;
+        passed += v == smallest ? at_low : 0.0f;
+        store(to[k], passed);
+    }
+    if (ratios) grad_ratios[0] = grad_low * smallest, grad_ratios[1] = grad_high * largest;
+}
+
+template <bool POWER, int BLOCK, class Grad, class In>
+INLINE void backward_row(const Grad* grad, const In* x, int64_t width, const float* ratios, float outer, const Format& f,
+                         In* to, float* grad_ratios) {
+    const int64_t block = BLOCK ? BLOCK : f.block ? f.block : width;
+    for (int64_t k = 0, g = 0; k < width; k += block, ++g) {
+        const int64_t n = BLOCK ? BLOCK : std::min(block, width - k);
+        const float* own = ratios ? ratios + 2 * g : nullptr;
+        backward_block<POWER>(grad + k, x + k, n, own, outer, f, to + k, ratios ? grad_ratios + 2 * g : nullptr);
+    }
+}
+
+template <class Grad, class In>
+VECTORIZED void backward_rows(const Grad* grad, const In* x, int64_t rows, int64_t width, Clip clip, float outer,
+                              const Format& f, In* to, float* grad_ratios) {
+    const int64_t groups = f.block ? (width + f.block - 1) / f.block : 1;
+    for (int64_t t = 0; t < rows; ++t) {
+        const Grad* given = grad + t * width;
+        const In* from = x + t * width;
+        const float* ratios = clip.ratios ? clip.ratios + t * clip.stride : nullptr;
+        float* shares = ratios ? grad_ratios + 2 * t * groups : nullptr;
+        if (f.scale == E8M0 && f.block == 32 && width % 32 == 0)
+            backward_row<true, 32>(given, from, width, ratios, outer, f, to + t * width, shares);
+        else if (f.scale == E4M3 && f.block == 16 && width % 16 == 0)
+            backward_row<false, 16>(given, from, width, ratios, outer, f, to + t * width, shares);
+        else if (f.scale == E8M0)
+            backward_row<true, 0>(given, from, width, ratios, outer, f, to + t * width, shares);
+        else
+            backward_row<false, 0>(given, from, width, ratios, outer, f, to + t * width, shares);
+    }
+}
+
+template <class Grad, class In>
+void backward(const Grad* grad, const In* x, int64_t rows, int64_t width, Clip all, float outer, const Format& f, In* to,
+              float* grad_ratios, int threads) {
+    const int64_t groups = f.block ? (width + f.block - 1) / f.block : 1;
+    const int64_t slice = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, width));
+    pool->run(threads, (rows + slice - 1) / slice, [&](int64_t i) {
+        const int64_t first = i * slice, n = std::min(slice, rows - first);
+        const Clip clip{all.ratios ? all.ratios + first * all.stride : nullptr, all.stride};
+        backward_rows(grad + first * width, x + first * width, n, width, clip, outer, f, to + first * width,
+                      all.ratios ? grad_ratios + 2 * first * groups : nullptr);
+    });
+}
+
 // ---- dequantize ----------------------------------------------------------------------------------------------------
 
 template <class Out>
@@ -554,8 +650,6 @@ VECTORIZED void dequantize_rows(const uint8_t* codes, const uint8_t* scales, int
 // ---- a few rows times a packed weight ------------------------------------------------------------------------------
 
 // Portable: a weight row becomes float32 in a buffer that stays in the nearest cache, and meets every row of x there.
-constexpr int LANES = 16;
-
 VECTORIZED void product_portable(const float* x, int64_t tokens, int64_t width, const uint8_t* codes,
                                  const uint8_t* scales, int64_t first, int64_t end, int64_t num_rows, float outer,
                                  const Format& f, float* out) {
@@ -1356,6 +1450,22 @@ void microbat_quantize(const void* x, int half_in, int64_t rows, int64_t width, 
     else
         quantize(static_cast<const float*>(x), rows, width, *map, clip, outer, *format, out, half_out, codes, scales,
                  threads);
+}
+
+// What a gradient of the floats that microbat_quantize writes is for x, into `to` [rows, width] of x's type, and for the ratios,
+// where there are any, into `grad_ratios` [rows, G, 2].
+void microbat_backward(const void* grad, int half_grad, const void* x, int half_in, int64_t rows, int64_t width,
+                       const float* ratios, int64_t ratio_stride, float outer, const Format* format, void* to,
+                       float* grad_ratios, int threads) {
+    const Clip clip{ratios, ratio_stride};
+    auto run = [&](auto* given, auto* from) {
+        using In = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
+        backward(given, from, rows, width, clip, outer, *format, static_cast<In*>(to), grad_ratios, threads);
+    };
+    auto of = [&](auto* given) {
+        half_in ? run(given, static_cast<const Bfloat16*>(x)) : run(given, static_cast<const float*>(x));
+    };
+    half_grad ? of(static_cast<const Bfloat16*>(grad)) : of(static_cast<const float*>(grad));
 }
 
 // Packed rows to floats [rows, width], BF16 where `half_out`.

@@ -1,7 +1,8 @@
 """The native kernels for CPUs (``native.cpp``), where the package was built with a C++ compiler.
 
-They quantize (transform, clip, scale, round, pack, in one pass), dequantize, and multiply a few rows with a packed
-weight. Quantizing and dequantizing give the bits of :mod:`microbat.quantizers.kernel` and of ``QTensor.dequantize``.
+They quantize (transform, clip, scale, round, pack, in one pass, whose gradient is another), dequantize, and multiply a few
+rows with a packed weight. Quantizing and dequantizing give the bits of :mod:`microbat.quantizers.kernel` and of
+``QTensor.dequantize``.
 The product's operands are exact, its sums float32: with u = 2^-24, each output is within K u sum |x_k w_k| of the exact
 one. Where both factors are integers with a scale a row, sums are int32 and exact (``runtime.reference.integer_product``).
 AVX2, AVX-512, its BF16 instructions and VNNI are chosen by the processor at run time; the product with floats has a path for
@@ -70,6 +71,10 @@ def shared_object() -> ctypes.CDLL | None:
         *(pointer, integer, long, long, POINTER(_Map), pointer, long, real, form),
         *(pointer, integer, pointer, pointer, integer),
     ]
+    lib.microbat_backward.argtypes = [
+        *(pointer, integer, pointer, integer, long, long, pointer, long, real, form),
+        *(pointer, pointer, integer),
+    ]
     lib.microbat_dequantize.argtypes = [pointer, pointer, long, long, real, form, pointer, integer, integer]
     lib.microbat_product.argtypes = [
         *(pointer, long, long, pointer, pointer, long, real, form, integer, pointer, integer),
@@ -80,6 +85,7 @@ def shared_object() -> ctypes.CDLL | None:
     lib.microbat_product_level.argtypes = [form]
     for function in (
         lib.microbat_quantize,
+        lib.microbat_backward,
         lib.microbat_dequantize,
         lib.microbat_product,
         lib.microbat_integer_product,
@@ -154,6 +160,23 @@ def fake_quantize(
     ``ratios`` float32 [1 or T, G, 2], contiguous; None for no clipping.
     """
     _quantize(x, ratios, outer, format, rule, map, out, None, None)
+
+
+def fake_quantize_backward(
+    grad: Tensor, x: Tensor, ratios: Tensor | None, outer: Tensor | None, *, format: BlockFormat, rule: str
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients for ``x`` [T, K], in its dtype, and for the ratios of every row [T, G, 2], of ``grad`` [T, K] for what
+    :func:`fake_quantize` writes without a map; as ``quantizers.kernel.backward``, sums in another order."""
+    to = torch.empty_like(x)
+    grad_ratios = None if ratios is None else torch.empty(x.shape[0], *ratios.shape[1:])
+    shared = ratios is None or ratios.shape[0] == 1
+    shared_object().microbat_backward(  # type: ignore[union-attr]
+        grad.data_ptr(), grad.dtype == torch.bfloat16, x.data_ptr(), x.dtype == torch.bfloat16, *x.shape,
+        _pointer(ratios), 0 if shared else ratios.stride(0),  # type: ignore[union-attr]
+        1.0 if outer is None else outer.item(), byref(_format(format, rule)),
+        to.data_ptr(), _pointer(grad_ratios), torch.get_num_threads(),
+    )  # fmt: skip
+    return to, grad_ratios
 
 
 def quantize(

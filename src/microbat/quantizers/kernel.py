@@ -1,8 +1,9 @@
 """The one numerical core of every block quantizer: clip, scale, round, in one pass over blocks, and its gradient.
 
 ``forward`` and ``backward`` are plain functions of tensors. :func:`fake_quantize` runs them as one fused kernel each
-(on a GPU those of ``kernels.fake_quantize``, elsewhere by ``torch.compile``) with the straight-through gradient; small
-tensors and machines without a compiler run the same functions eagerly, with the same bits. Per block x of B numbers
+(on a GPU those of ``kernels.fake_quantize``, on a CPU the native ones, for formats that these do not know by ``torch.compile``)
+with the straight-through gradient; where there is no compiler, and small tensors of such formats, run the same functions eagerly.
+Values have the same bits everywhere; the native gradient's sums come in another order. Per block x of B numbers
 (paper, eq. 3 and 4):
 
     high = r_high * max(max x, 0),  low = r_low * min(min x, 0),  c = clip(x, low, high)
@@ -26,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from microbat import kernels
+from microbat import kernels, native
 from microbat.formats.block import BlockFormat
 from microbat.formats.element import FLOAT32_MANTISSA_BITS, Element, power_of_two
 from microbat.formats.scales import NEIGHBOURS, POWER_OF_TWO_RULES, TENSOR_EXPONENTS, largest
@@ -245,16 +246,42 @@ def backward(
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_GB, low_G, high_G, outer, out_GB, format, rule):
-        scale_G = _run(forward, (x_GB, low_G, high_G, outer, out_GB), format, rule)
-        ctx.save_for_backward(x_GB, low_G, high_G, scale_G)
         ctx.format, ctx.rule = format, rule
+        ctx.native = native.available(x_GB, out_GB) and native.knows(format, rule)
+        if ctx.native:
+            x, out, ratios = _rows(x_GB, format), _rows(out_GB, format), _ratios(x_GB, low_G, high_G, format)
+            native.fake_quantize(x, ratios, outer, out, format=format, rule=rule)
+            ctx.save_for_backward(x_GB, low_G, high_G, outer)
+        else:
+            scale_G = _run(forward, (x_GB, low_G, high_G, outer, out_GB), format, rule)
+            ctx.save_for_backward(x_GB, low_G, high_G, scale_G)
         ctx.mark_dirty(out_GB)
         return out_GB
 
     @staticmethod
     def backward(ctx, grad_GB):
-        grads = _run(backward, (grad_GB.contiguous(), *ctx.saved_tensors), ctx.format, ctx.rule)
-        return *grads, None, None, None, None
+        grad_GB, (x_GB, low_G, high_G, last) = grad_GB.contiguous(), ctx.saved_tensors
+        if not ctx.native:
+            grads = _run(backward, (grad_GB, x_GB, low_G, high_G, last), ctx.format, ctx.rule)
+            return *grads, None, None, None, None
+        x, grad, ratios = _rows(x_GB, ctx.format), _rows(grad_GB, ctx.format), _ratios(x_GB, low_G, high_G, ctx.format)
+        grad_x, shares = native.fake_quantize_backward(grad, x, ratios, last, format=ctx.format, rule=ctx.rule)
+        grad_low, grad_high = (None, None) if shares is None else shares.view(-1, 2).unbind(-1)
+        return grad_x.view_as(x_GB), grad_low, grad_high, None, None, None, None
+
+
+def _rows(x_GB: Tensor, format: BlockFormat) -> Tensor:
+    """Blocks as the native kernels like them, several in a row."""
+    groups, size = x_GB.shape
+    several = min(groups & -groups, 64) if size == format.block else 1
+    return x_GB.view(-1, several * size)
+
+
+def _ratios(x_GB: Tensor, low_G: Tensor | None, high_G: Tensor | None, format: BlockFormat) -> Tensor | None:
+    """Clip ratios float32 [rows, blocks, 2] for the rows of :func:`_rows`."""
+    if low_G is None or high_G is None:
+        return None
+    return torch.stack((low_G, high_G), dim=-1).to(torch.float32).view(len(_rows(x_GB, format)), -1, 2)
 
 
 def fake_quantize(
