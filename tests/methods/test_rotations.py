@@ -12,7 +12,7 @@ from microbat.models.checkpoint import Checkpoint
 from microbat.scheme import Scheme
 
 
-def learn(tiny, method):
+def learn(tiny, method, seed=1):
     losses = []
     checkpoint = Checkpoint(tiny("qwen3"))
     tokens = from_model(checkpoint, 8, 64, 0, torch.device("cpu"), lambda share: None).tokens
@@ -20,7 +20,7 @@ def learn(tiny, method):
         checkpoint=checkpoint,
         tokens=tokens,
         scheme=Scheme.parse("W4A4"),
-        seed=1,
+        seed=seed,
         device=torch.device("cpu"),
         precision="float32",
         progress=lambda share, loss: losses.append(loss),
@@ -30,11 +30,15 @@ def learn(tiny, method):
 
 @pytest.mark.parametrize("method", [SpinQuant(steps=30, batch=8), BRQ(steps=30, batch=8)])
 def test_learned_rotations_lower_the_loss_and_stay_orthogonal(tiny, method):
-    rotation, losses = learn(tiny, method)
-    assert len(losses) == 30
-    assert sum(losses[-5:]) < sum(losses[:5])
-    for matrix in (rotation.stream, *rotation.heads):
-        torch.testing.assert_close(matrix @ matrix.T, torch.eye(len(matrix)), rtol=1e-4, atol=1e-5)
+    """Over four seeds: on a random model of this size a step's loss jumps by 0.03 where activations round otherwise, and all
+    that there is to gain is as much."""
+    runs = [learn(tiny, method, seed) for seed in range(4)]
+    losses = torch.tensor([losses for _, losses in runs])
+    assert losses.shape == (4, 30)
+    assert losses[:, -5:].mean() < losses[:, :5].mean() - 0.005
+    for rotation, _ in runs:
+        for matrix in (rotation.stream, *rotation.heads):
+            torch.testing.assert_close(matrix @ matrix.T, torch.eye(len(matrix)), rtol=1e-4, atol=1e-5)
 
 
 def test_brq_stays_within_its_blocks(tiny):
