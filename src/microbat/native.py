@@ -2,9 +2,9 @@
 
 They quantize (transform, clip, scale, round, pack, in one pass, whose gradient is another), dequantize, and multiply a few
 rows with a packed weight. Quantizing and dequantizing give the bits of :mod:`microbat.quantizers.kernel` and of
-``QTensor.dequantize``.
-The product's operands are exact, its sums float32: with u = 2^-24, each output is within K u sum |x_k w_k| of the exact
-one. Where both factors are integers with a scale a row, sums are int32 and exact (``runtime.reference.integer_product``).
+``QTensor.dequantize``, gradients its numbers but for the order of sums. The product's operands are exact, its sums float32: with
+u = 2^-24, each output is within K u sum |x_k w_k| of the exact one. Where both factors are integers with a scale a row, sums are
+int32 and exact (``runtime.reference.integer_product``).
 AVX2, AVX-512, its BF16 instructions and VNNI are chosen by the processor at run time; the product with floats has a path for
 each of ``LEVELS``, all within that bound.
 """

@@ -332,5 +332,5 @@ def together(quantizers: dict[str, Quant], *, by_row: bool = False) -> AbsMax | 
     inner = rounding(next(iter(quantizers.values())))
     if len(quantizers) == 1 or not isinstance(inner, AbsMax):
         return None
-    alone = by_row and not sees_tensor(inner.format, inner.rule)
-    return inner if inner.format.has_tensor_scale or alone else None
+    row_by_row = by_row and not sees_tensor(inner.format, inner.rule)
+    return inner if inner.format.has_tensor_scale or row_by_row else None
