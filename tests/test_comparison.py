@@ -15,6 +15,7 @@ from microbat import comparison, measure, pipeline
 from microbat.cli import app
 from microbat.evaluation.benchmarks import BENCHMARKS
 from microbat.evaluation.quality import recovery
+from microbat.unfinished import FolderKeeper
 
 LABELS = ["RTN", "GPTQ", "BATQuant + RTN", "BATQuant + GPTQ"]
 
@@ -158,7 +159,7 @@ def test_a_finished_comparison_is_not_made_again(whole, suite, monkeypatch):
 
 def test_an_interrupted_comparison_goes_on_to_the_same_numbers(suite, whole, tmp_path, monkeypatch):
     """Stopped in the middle of a cell, then in the middle of measuring."""
-    save_block, saved = pipeline._FolderKeeper.save, []
+    save_block, saved = FolderKeeper.save, []
 
     def stop_in_the_fourth_cell(self, index, *rest):
         save_block(self, index, *rest)
@@ -167,7 +168,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(suite, whole, tmp
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._FolderKeeper, "save", stop_in_the_fourth_cell)
+        patch.setattr(FolderKeeper, "save", stop_in_the_fourth_cell)
         with pytest.raises(KeyboardInterrupt):
             microbat.compare(suite, out=tmp_path / "out")
     assert len(list((tmp_path / "out" / "cells").glob("*.partial"))) == 1

@@ -24,6 +24,7 @@ from microbat.models.base import DECODER_SITES
 from microbat.models.checkpoint import Checkpoint
 from microbat.runtime.load import load_dequantized
 from microbat.scheme import Scheme
+from microbat.unfinished import FolderKeeper
 from microbat.verify import Altered, verify
 
 FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float32"}
@@ -48,14 +49,14 @@ def made(tiny, text_file, tmp_path_factory):
     def get(family, method, scheme, settings, **options):
         key = (family, method, scheme, *options)
         if key not in done:
-            seen, save = {}, pipeline._FolderKeeper.save
+            seen, save = {}, FolderKeeper.save
 
             def keep(self, index, block, module, record):
                 seen[index] = {path: q.dequantize() for path, q in block.weights.items()}
                 save(self, index, block, module, record)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(pipeline._FolderKeeper, "save", keep)
+                patch.setattr(FolderKeeper, "save", keep)
                 out = tmp_path_factory.mktemp(family) / "q"
                 options = {"scheme": scheme, "settings": settings, "calibration": str(text_file), **FAST, **options}
                 done[key] = microbat.quantize(tiny(family), out=out, method=method, **options), seen
@@ -118,7 +119,7 @@ def test_a_run_that_stopped_goes_on(tiny, text_file, tmp_path, monkeypatch):
     options = {"method": "batquant", "solver": "gptq", "settings": {"epochs": 1, "refine_epochs": 1}}
     options |= {"calibration": str(text_file), **FAST}
     one = microbat.quantize(tiny("qwen3_moe"), out=tmp_path / "one", **options)
-    save = pipeline._FolderKeeper.save
+    save = FolderKeeper.save
 
     def stopped(self, index, *rest):
         if index == 1:
@@ -126,7 +127,7 @@ def test_a_run_that_stopped_goes_on(tiny, text_file, tmp_path, monkeypatch):
         save(self, index, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._FolderKeeper, "save", stopped)
+        patch.setattr(FolderKeeper, "save", stopped)
         with pytest.raises(KeyboardInterrupt):
             microbat.quantize(tiny("qwen3_moe"), out=tmp_path / "two", **options)
     two = microbat.quantize(tiny("qwen3_moe"), out=tmp_path / "two", **options)

@@ -19,6 +19,7 @@ from microbat import account, pipeline
 from microbat.export import folder as folders
 from microbat.models.checkpoint import Checkpoint
 from microbat.models.llama import LLAMA
+from microbat.unfinished import FolderKeeper
 
 FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float32"}
 
@@ -54,7 +55,7 @@ def test_reloaded_folder_computes_what_calibration_saw(tiny, text_file, tmp_path
             yield record
 
     captured = {}
-    save = pipeline._FolderKeeper.save
+    save = FolderKeeper.save
 
     def keep(self, index, block, module, record):
         captured[index] = {k: v.clone() for k, v in module.state_dict().items()}
@@ -62,7 +63,7 @@ def test_reloaded_folder_computes_what_calibration_saw(tiny, text_file, tmp_path
         save(self, index, block, module, record)
 
     monkeypatch.setattr(pipeline, "calibrate", spy)
-    monkeypatch.setattr(pipeline._FolderKeeper, "save", keep)
+    monkeypatch.setattr(FolderKeeper, "save", keep)
     settings = {"batquant": {"epochs": 1, "distill_epochs": 0}, "flatquant": {"epochs": 1}}.get(method, {})
     out = microbat.quantize(
         tiny(family),
@@ -91,12 +92,12 @@ def test_two_runs_give_equal_bytes_and_a_killed_one_resumes_to_them(tiny, text_f
     assert shard_hashes(one) == shard_hashes(two)
 
     script = (
-        "import microbat, time; from microbat import pipeline\n"
-        "save = pipeline._FolderKeeper.save\n"
+        "import microbat, time; from microbat.unfinished import FolderKeeper\n"
+        "save = FolderKeeper.save\n"
         "def slow(self, index, *rest):\n"
         "    save(self, index, *rest)\n"
         "    time.sleep(60)\n"
-        "pipeline._FolderKeeper.save = slow\n"
+        "FolderKeeper.save = slow\n"
         f"microbat.quantize({str(tiny())!r}, out={str(tmp_path / 'three')!r}, **{options!r})\n"
     )
     child = subprocess.Popen(
@@ -299,7 +300,7 @@ class TestBadInput:
         import collections
 
         usage = collections.namedtuple("usage", "total used free")
-        monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage(10, 10, 0))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 0))
         self.fails("GB free", tiny, tmp_path)
 
     def test_truncated_shard_of_ours(self, tiny, tmp_path, text_file):

@@ -6,14 +6,13 @@ import json
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from microbat import account, whole
 from microbat.calibrate import coverage as calibration_coverage
@@ -22,15 +21,13 @@ from microbat.calibrate import pairs as image_pairs
 from microbat.calibrate.coverage import Covered
 from microbat.calibrate.data import Calibration
 from microbat.calibrate.engine import calibrate, preflight
-from microbat.calibrate.job import Job, Precision, Record
+from microbat.calibrate.job import Job, Precision
 from microbat.calibrate.memory import total_memory
 from microbat.calibrate.outside import asked, rounded
-from microbat.calibrate.stream import Sample
 from microbat.calibrate.workers import Workers
 from microbat.documents import read_json, write_json
 from microbat.export import folder as folders
 from microbat.export import shard as shards
-from microbat.linear import QuantBlock
 from microbat.models.base import linear_layers
 from microbat.models.checkpoint import Checkpoint, resolve
 from microbat.models.padding import padded
@@ -39,9 +36,10 @@ from microbat.recipe import Recipe, describe, to_json
 from microbat.report.page import write_page
 from microbat.runtime.generate import generate as continuation
 from microbat.runtime.load import load as load_folder
+from microbat.unfinished import RUN_FILE, FolderKeeper, open_partial
 
 SELF_CALIBRATION = "calibration 'self' is text that the model writes (a file or a data set is not)"
-RUN_FILE, TOKENS_FILE = "run.json", "calibration.safetensors"
+TOKENS_FILE = "calibration.safetensors"
 
 
 def quantize(model: str | Path, *, out: str | Path, workers: int = 1, address: str = "", **fields: Any) -> Path:
@@ -146,7 +144,7 @@ def run(
     tokens_file = tokens or partial / TOKENS_FILE
     if recipe.calibration == "self" and not tokens_file.is_file():
         _check_fits(SELF_CALIBRATION, 2, checkpoint, device)
-    _open_partial(partial, recipe, checkpoint)
+    open_partial(partial, recipe, checkpoint)
     calibration = _calibration(recipe, checkpoint, tokens_file, device)
     job = Job(
         checkpoint=checkpoint,
@@ -163,7 +161,7 @@ def run(
     )
     turned, rotated = whole.rotated(job, _progress)
     job = dataclasses.replace(job, checkpoint=turned)
-    keeper = _FolderKeeper(partial)
+    keeper = FolderKeeper(partial)
     ahead = crew and crew.ahead(keeper.has)
     with _progress(title or f"{recipe.method} {scheme.text}", len(job.checkpoint.blocks)) as progress:
         records = account.most_telling(calibrate(job, keeper, account.picture, progress, ahead))
@@ -280,55 +278,6 @@ def write_report(folder: str | Path, evaluation: dict[str, Any] | None = None) -
         content["evaluation"] = evaluation
         write_json(folder / "report.json", content)
     return write_page(content, folder / "report.html")
-
-
-class _FolderKeeper:
-    """Finished blocks in the partial folder: a record, then the shard, whose presence says that the block is done."""
-
-    def __init__(self, partial: Path):
-        self.partial = partial
-
-    def has(self, index: int) -> bool:
-        return (self.partial / folders.block_shard(index)).is_file()
-
-    def load(self, index: int) -> tuple[QuantBlock, dict[str, Tensor], Record]:
-        record = Record(**read_json(self._record(index)))
-        stored = shards.read_block(self.partial / folders.block_shard(index))
-        return stored.quantized, stored.floats, record
-
-    def save(self, index: int, block: QuantBlock, module: nn.Module, record: Record) -> None:
-        write_json(self._record(index), vars(record))
-        path = self.partial / folders.block_shard(index)
-        shards.write_block(path, record.name, block, shards.float_tensors(module))
-
-    def finish(self, sample: Sample, outputs: Tensor) -> None:
-        folders.write_proof(self.partial / folders.PROOF, sample, outputs)
-
-    def record_files(self) -> list[Path]:
-        return sorted(self.partial.glob("record-*.json"))
-
-    def _record(self, index: int) -> Path:
-        return self.partial / f"record-{index:03d}.json"
-
-
-def _open_partial(partial: Path, recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Make the folder for work in progress, or find that of the same recipe interrupted earlier."""
-    run = {"recipe": to_json(recipe), "versions": account.versions()}
-    if partial.exists():
-        file = partial / RUN_FILE
-        if not file.is_file() or read_json(file) != run:
-            raise ValueError(
-                f"{partial} holds an unfinished run of another recipe or version; remove it or choose another output"
-            )
-        return
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    free, needed = shutil.disk_usage(partial.parent).free, checkpoint.nbytes
-    if free < needed:
-        raise ValueError(
-            f"{partial.parent} has {free / 1e9:.1f} GB free; the checkpoint may take up to {needed / 1e9:.1f} GB"
-        )
-    partial.mkdir()
-    write_json(partial / RUN_FILE, run)
 
 
 def _calibration(recipe: Recipe, checkpoint: Checkpoint, file: Path, device: torch.device) -> Calibration:

@@ -20,6 +20,7 @@ from microbat.models.base import DECODER_SITES
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.residual import Residual, effective
 from microbat.recipe import Recipe
+from microbat.unfinished import FolderKeeper
 from microbat.verify import verify
 
 FAST = {"num_calibration_samples": 8, "max_seq_length": 32, "precision": "float32"}
@@ -95,13 +96,13 @@ def test_no_channels_is_round_to_nearest_of_the_permuted():
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_the_folder_computes_what_calibration_saw(tiny, text_file, tmp_path, family, solver, monkeypatch):
     captured = {}
-    save = pipeline._FolderKeeper.save
+    save = FolderKeeper.save
 
     def keep(self, index, block, module, record):
         captured[index] = {path: (q.codes, q.scales) for path, q in block.weights.items()}
         save(self, index, block, module, record)
 
-    monkeypatch.setattr(pipeline._FolderKeeper, "save", keep)
+    monkeypatch.setattr(FolderKeeper, "save", keep)
     out = microbat.quantize(
         tiny(family),
         out=tmp_path / "q",

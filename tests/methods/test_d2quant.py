@@ -200,19 +200,19 @@ def test_rotated_from_model_to_folder_and_back(tiny, text_file, tmp_path, scheme
 
 def test_an_interrupted_run_goes_on(tiny, text_file, tmp_path, monkeypatch, made):
     """The first block, read back with its bias, gives the second the same inputs."""
-    from microbat import pipeline
+    from microbat.unfinished import FolderKeeper
 
-    own = pipeline._FolderKeeper.save
+    own = FolderKeeper.save
 
     def stop(self, index, *rest):
         if index == 1:
             raise KeyboardInterrupt
         own(self, index, *rest)
 
-    monkeypatch.setattr(pipeline._FolderKeeper, "save", stop)
+    monkeypatch.setattr(FolderKeeper, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         quantized(tiny("llama", **SIZE), tmp_path / "q", str(text_file), solver="gptq", settings={"rotate": False})
-    monkeypatch.setattr(pipeline._FolderKeeper, "save", own)
+    monkeypatch.setattr(FolderKeeper, "save", own)
     out = quantized(tiny("llama", **SIZE), tmp_path / "q", str(text_file), solver="gptq", settings={"rotate": False})
     for index in range(2):
         assert (out / block_shard(index)).read_bytes() == (made / block_shard(index)).read_bytes()
