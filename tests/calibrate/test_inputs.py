@@ -23,7 +23,8 @@ def inputs(model, path, tokens):
 
 @pytest.fixture(scope="module")
 def told(tiny, text_file, tmp_path_factory):
-    """Statistics in the order in which GPTAQ was given them, the float model, the finished one and the tokens."""
+    """Statistics in the order in which GPTAQ was given them, with how many rows it was to round; the float model, the finished
+    one and the tokens."""
     folder, seen, own = tmp_path_factory.mktemp("told"), [], GPTAQ.solve
     model = tiny("llama", hidden_size=128, intermediate_size=192)
     recipe = Recipe(
@@ -32,7 +33,7 @@ def told(tiny, text_file, tmp_path_factory):
     )  # fmt: skip
     pipeline.write_tokens(recipe, folder / "tokens")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GPTAQ, "solve", lambda self, w, q, s: seen.append(s) or own(self, w, q, s))
+        patch.setattr(GPTAQ, "solve", lambda self, w, q, s: seen.append((s, len(w))) or own(self, w, q, s))
         out = pipeline.run(recipe, folder / "q", tokens=folder / "tokens")
     return seen, Checkpoint(model).load(), load_dequantized(out), load_file(folder / "tokens")["tokens"]
 
@@ -40,24 +41,26 @@ def told(tiny, text_file, tmp_path_factory):
 def test_the_first_input_has_no_deviation(told):
     seen, model, _, tokens = told
     x = inputs(model, "model.layers.0.self_attn.q_proj", tokens)
-    torch.testing.assert_close(seen[0].hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
-    assert seen[0].deviation.abs().max() == 0
-    assert seen[0].hessian is seen[2].hessian  # q and v read one activation
+    found, rows = seen[0]
+    torch.testing.assert_close(found.hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    assert found.deviation.abs().max() == 0
+    attention = model.model.layers[0].self_attn  # q, k and v read one activation
+    assert rows == sum(len(layer.weight) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
 
 
 @pytest.mark.parametrize(
     ("call", "path"),
     [
-        (3, "model.layers.0.self_attn.o_proj"),
-        (6, "model.layers.0.mlp.down_proj"),
-        (7, "model.layers.1.self_attn.q_proj"),
-        (13, "model.layers.1.mlp.down_proj"),
+        (1, "model.layers.0.self_attn.o_proj"),
+        (3, "model.layers.0.mlp.down_proj"),
+        (4, "model.layers.1.self_attn.q_proj"),
+        (7, "model.layers.1.mlp.down_proj"),
     ],
 )
 def test_the_deviation_is_from_the_float_models_own_input(told, call, path):
     seen, model, quantized, tokens = told
     exact, x = inputs(model, path, tokens), inputs(quantized, path, tokens)
-    expected = (exact - x).T @ x / len(x)
+    expected, (found, _) = (exact - x).T @ x / len(x), seen[call]
     assert expected.abs().max() > 1e-3
-    torch.testing.assert_close(seen[call].hessian, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(seen[call].deviation, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
+    torch.testing.assert_close(found.hessian, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.deviation, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())

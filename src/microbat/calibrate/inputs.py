@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from microbat.calibrate.stats import Hessian
 from microbat.calibrate.stream import Activations
@@ -18,7 +19,7 @@ from microbat.quantizers.residual import effective
 
 
 class _Seen(Exception):
-    """Raised where a block need not run any further."""
+    """Raised, with what was seen, where a block need not run any further."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,23 +49,14 @@ class SiteStream:
     def quantized(self) -> Iterator[Tensor]:
         """The quantized stream's, transformed and quantized: K channels, residuals added to theirs."""
         for rows in self.inputs.batches(self.batch):
-            output = self._stop_at(self.site, self.inputs, rows)[1]
+            output = self._output(rows)
             yield effective(self.site.quantizer, output).to(torch.float32)
 
     def given(self, see: Callable[..., None]) -> None:
         """Call ``see`` with what the first of the site's quantized layers gets, batch by batch: experts get more than x."""
-
-        def stop(_: nn.Module, inputs: tuple) -> None:
-            see(*inputs)
-            raise _Seen
-
-        handle = self.block.get_submodule(next(iter(self.plan.weights))).register_forward_pre_hook(stop)
-        try:
-            for rows in self.inputs.batches(self.batch):
-                with contextlib.suppress(_Seen):
-                    self.step(self.block, self.inputs[rows], rows)
-        finally:
-            handle.remove()
+        layer = self.block.get_submodule(next(iter(self.plan.weights)))
+        for rows in self.inputs.batches(self.batch):
+            see(*self._reach(layer, self.inputs, rows))
 
     def teacher(self) -> Iterator[Tensor]:
         """What the float block makes of the same stream."""
@@ -77,7 +69,7 @@ class SiteStream:
     def _float(self, stream: Activations) -> Iterator[Tensor]:
         for rows in stream.batches(self.batch):
             with self._in_floats():
-                x = self._stop_at(self.first, stream, rows)[0].to(torch.float32)
+                x = self._reach(self.first, stream, rows)[0].to(torch.float32)
             yield x if self.plan.transform is None else self.plan.transform(x)
 
     @contextlib.contextmanager
@@ -94,17 +86,31 @@ class SiteStream:
             for path, module in quantized.items():
                 self.block.set_submodule(path, module)
 
-    def _stop_at(self, module: nn.Module, stream: Activations, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and output of ``module`` in the block on samples ``rows`` of ``stream``."""
-        caught: list[tuple[Tensor, Tensor]] = []
+    def _reach(self, module: nn.Module, stream: Activations, rows: Tensor) -> tuple:
+        """What ``module`` in the block gets on samples ``rows`` of ``stream``."""
 
-        def see(inputs: tuple, output: Tensor) -> None:
-            caught.append((inputs[0], output))
-            raise _Seen
+        def stop(_: nn.Module, inputs: tuple) -> None:
+            raise _Seen(inputs)
 
-        with watch(module, see), contextlib.suppress(_Seen):
+        return self._stopped(module.register_forward_pre_hook(stop), stream, rows)
+
+    def _output(self, rows: Tensor) -> Tensor:
+        """What the site makes of its input on samples ``rows`` of the quantized stream."""
+
+        def stop(_: nn.Module, inputs: tuple, output: Tensor) -> None:
+            raise _Seen(output)
+
+        return self._stopped(self.site.register_forward_hook(stop), self.inputs, rows)
+
+    def _stopped(self, handle: RemovableHandle, stream: Activations, rows: Tensor) -> Any:
+        """What the hook of this ``handle`` raises as seen, the block run no further."""
+        try:
             self.step(self.block, stream[rows], rows)
-        return caught[0]
+        except _Seen as seen:
+            return seen.args[0]
+        finally:
+            handle.remove()
+        raise RuntimeError("the block ran to its end without calling the layer that was waited for")
 
 
 def statistics(stream: SiteStream, needs: frozenset[str], shift: Tensor | None) -> Statistics | None:
