@@ -208,18 +208,37 @@ def test_another_text_is_measured_anew_without_quantizing_again(content, tmp_pat
     assert entry(first, "RTN")["kl"] != entry(second, "RTN")["kl"]
 
 
-def test_a_cell_that_fails_is_recorded_and_the_others_go_on(content, tmp_path):
-    bad = {"title": "Sizes", "row": {"label": "x", **learned("rtn")}, "vary": {"g": [32, 128]}}
+def test_a_cell_that_fails_is_recorded_and_the_others_go_on(content, tmp_path, monkeypatch):
+    run = pipeline.run
+
+    def failing(recipe, *rest, **options):
+        if recipe.settings.get("g") == 16:
+            raise ValueError("blocks of 16 do not suit it")
+        return run(recipe, *rest, **options)
+
+    monkeypatch.setattr(pipeline, "run", failing)
+    bad = {"title": "Sizes", "row": {"label": "x", **learned("rtn")}, "vary": {"g": [32, 16]}}
     suite = save({**content, "quick": {**content["quick"], "ablations": [bad]}}, tmp_path)
     out = tmp_path / "out"
     done = CliRunner().invoke(app, ["compare", "--suite", str(suite), "--quick", "--out", str(out)])
     assert done.exit_code == 1, done.output
-    assert "g=128, seed 0: a width of 64 does not split into transform blocks of 128" in done.output
+    assert "g=16, seed 0: blocks of 16 do not suit it" in done.output
     fine, broken = json.loads((out / "comparison.json").read_text())["groups"][1]["entries"]
     assert fine["standing"] == {"ratio": "best", "kl": "best"}
-    assert broken["failed"] == {"0": "a width of 64 does not split into transform blocks of 128"}
+    assert broken["failed"] == {"0": "blocks of 16 do not suit it"}
     assert "ratio" not in broken
-    assert "failed: seed 0: a width of 64" in (out / "comparison.html").read_text()
+    assert "failed: seed 0: blocks of 16" in (out / "comparison.html").read_text()
+
+
+def test_a_cell_that_fits_no_layer_is_refused_before_any_runs(content, tmp_path, monkeypatch):
+    runs = spy(monkeypatch, pipeline, "run")
+    bad = {"title": "Sizes", "row": {"label": "x", **learned("rtn")}, "vary": {"g": [32, 128]}}
+    suite = save({**content, "quick": {**content["quick"], "ablations": [bad]}}, tmp_path)
+    with pytest.raises(
+        ValueError, match="row 'g=128': layer 'model.layers.0.self_attn.q_proj': .*does not divide 64 channels"
+    ):
+        microbat.compare(suite, out=tmp_path / "out", quick=True)
+    assert runs == []
 
 
 def test_a_cell_that_does_not_fit_the_device_stops_no_other(content, tmp_path, monkeypatch):

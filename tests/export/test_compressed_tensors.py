@@ -334,7 +334,7 @@ def test_what_vllm_computes_is_exported(tiny, text_file, tmp_path, target, optio
 
 def test_layers_that_share_no_tensor_scale_are_not_fused(tiny, text_file, tmp_path, monkeypatch):
     """Folders of earlier versions."""
-    monkeypatch.setattr("microbat.methods.base.together", lambda quantizers: None)
+    monkeypatch.setattr("microbat.methods.base.together", lambda quantizers, by_row: None)
     folder = quantized(tiny, text_file, tmp_path / "q", "W4A16:nvfp4")
     with pytest.raises(ValueError, match=r"q_proj, .* have a tensor scale each, .*quantize again"):
         export(folder, tmp_path / "ct", target="vllm")
