@@ -68,7 +68,7 @@ def test_gradient_is_the_torch_code_s_but_for_the_order_of_sums(format, rule, cl
     leaves = [t.clone().requires_grad_() for t in (x, low, high) if t is not None]
     shares = leaves[1:] or (None, None)
     y = kernel.fake_quantize(leaves[0], *shares, outer, torch.empty(x.shape, dtype=dtype), format=format, rule=rule)
-    assert y.grad_fn.native
+    assert type(y.grad_fn).__name__ == "_NativeFakeQuantizeBackward"
     found = torch.autograd.grad(y, leaves, grad)
     noise = 1e-6 * x.shape[1] * grad.float().abs().amax(-1)  # of a sum of so many terms in float32
     ulp = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-22

@@ -94,6 +94,13 @@ def shared_object() -> ctypes.CDLL | None:
     return lib
 
 
+def _built() -> ctypes.CDLL:
+    """The kernels, for who knows that they are there."""
+    lib = shared_object()
+    assert lib is not None
+    return lib
+
+
 def available(*tensors: Tensor) -> bool:
     """Whether the kernels are built and take ``tensors``: on a CPU, float32 or BF16, contiguous, and not empty."""
     return shared_object() is not None and all(
@@ -109,9 +116,9 @@ def knows(format: BlockFormat, rule: str = "") -> bool:
 @functools.cache
 def product_level(format: BlockFormat) -> str:
     """Which of ``LEVELS`` :func:`product` has for the format on this processor; the portable one decodes row by row."""
-    lib = shared_object()
-    known = lib is not None and knows(format)
-    return LEVELS[lib.microbat_product_level(byref(_format(format, "")))] if known else LEVELS[0]  # type: ignore[union-attr]
+    if shared_object() is None or not knows(format):
+        return LEVELS[0]
+    return LEVELS[_built().microbat_product_level(byref(_format(format, "")))]
 
 
 @functools.cache
@@ -169,10 +176,9 @@ def fake_quantize_backward(
     :func:`fake_quantize` writes without a map; as ``quantizers.kernel.backward``, sums in another order."""
     to = torch.empty_like(x)
     grad_ratios = None if ratios is None else torch.empty(x.shape[0], *ratios.shape[1:])
-    shared = ratios is None or ratios.shape[0] == 1
-    shared_object().microbat_backward(  # type: ignore[union-attr]
+    _built().microbat_backward(
         grad.data_ptr(), grad.dtype == torch.bfloat16, x.data_ptr(), x.dtype == torch.bfloat16, *x.shape,
-        _pointer(ratios), 0 if shared else ratios.stride(0),  # type: ignore[union-attr]
+        _pointer(ratios), _stride(ratios),
         1.0 if outer is None else outer.item(), byref(_format(format, rule)),
         to.data_ptr(), _pointer(grad_ratios), torch.get_num_threads(),
     )  # fmt: skip
@@ -199,7 +205,7 @@ def packed_bytes(width: int, format: BlockFormat) -> int:
 
 def dequantize(codes: Tensor, scales: Tensor, outer: float, out: Tensor, *, format: BlockFormat) -> None:
     """Write the values of packed rows to ``out`` [N, K], rounded to its dtype."""
-    shared_object().microbat_dequantize(  # type: ignore[union-attr]
+    _built().microbat_dequantize(
         codes.data_ptr(), scales.data_ptr(), *out.shape, outer, byref(_format(format, "")),
         out.data_ptr(), out.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
@@ -213,7 +219,7 @@ def product(
     ``most``: the last of ``LEVELS`` to be used, as where the processor has no more.
     """
     out = torch.empty(x.shape[0], codes.shape[0])
-    shared_object().microbat_product(  # type: ignore[union-attr]
+    _built().microbat_product(
         x.data_ptr(), *x.shape, codes.data_ptr(), scales.data_ptr(), codes.shape[0], outer,
         byref(_format(format, "")), LEVELS.index(most), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -236,7 +242,7 @@ def integer_product(
     The sums over ``width`` products are int32; see :func:`multiplies` for what goes. ``portable``: as where there is no VNNI.
     """
     out = torch.empty(x.shape[0], codes.shape[0])
-    shared_object().microbat_integer_product(  # type: ignore[union-attr]
+    _built().microbat_integer_product(
         x.data_ptr(), x_scales.data_ptr(), x.shape[0], width, byref(_format(activations, "")),
         codes.data_ptr(), scales.data_ptr(), codes.shape[0], byref(_format(format, "")), portable,
         out.data_ptr(), torch.get_num_threads(),
@@ -246,13 +252,13 @@ def integer_product(
 
 def has_bfloat16_product() -> bool:
     """Whether this processor multiplies BF16 numbers, and the kernels are there to do it."""
-    return shared_object() is not None and bool(shared_object().microbat_product_level(byref(_BFLOAT16)))  # type: ignore[union-attr]
+    return shared_object() is not None and bool(_built().microbat_product_level(byref(_BFLOAT16)))
 
 
 def bfloat16_product(x: Tensor, weight: Tensor, *, most: str = LEVELS[-1]) -> Tensor:
     """float32 [T, N]: ``x`` [T, K] float32 times a BF16 weight [N, K], transposed; ``most`` as :func:`product` takes it."""
     out = torch.empty(x.shape[0], weight.shape[0])
-    shared_object().microbat_product(  # type: ignore[union-attr]
+    _built().microbat_product(
         x.data_ptr(), *x.shape, weight.data_ptr(), None, weight.shape[0], 1.0,
         byref(_BFLOAT16), LEVELS.index(most), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -270,14 +276,18 @@ def _quantize(
     codes: Tensor | None,
     scales: Tensor | None,
 ) -> None:
-    shared = ratios is None or ratios.shape[0] == 1
-    shared_object().microbat_quantize(  # type: ignore[union-attr]
+    _built().microbat_quantize(
         x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, byref(map.struct if map else _NO_MAP),
-        _pointer(ratios), 0 if shared else ratios.stride(0),  # type: ignore[union-attr]
+        _pointer(ratios), _stride(ratios),
         1.0 if outer is None else outer.item(), byref(_format(format, rule)),
         _pointer(out), out is not None and out.dtype == torch.bfloat16, _pointer(codes), _pointer(scales),
         torch.get_num_threads(),
     )  # fmt: skip
+
+
+def _stride(ratios: Tensor | None) -> int:
+    """Numbers from one row's clip ratios to the next; 0 where all rows share them."""
+    return 0 if ratios is None or len(ratios) == 1 else ratios.stride(0)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from microbat.formats.block import BlockFormat, QTensor, join_blocks, split_blocks
 from microbat.quantizers.base import AbsMax
-from microbat.quantizers.kernel import EAGER_BELOW, bounds, can_compile, compiled
+from microbat.quantizers.kernel import bounds, compiled, compiles
 
 Q = TypeVar("Q")
 INIT_LOGIT = 4.0  # sigmoid 0.982, as FlatQuant starts; the paper does not say (sheet C4)
@@ -94,7 +94,7 @@ class _Clipped(torch.autograd.Function):
     def backward(ctx, grad):
         x, low, high = ctx.saved_tensors
         rows = grad.flatten(0, -2), x.flatten(0, -2), low.flatten(), high.flatten()
-        function = _backward if grad.numel() < EAGER_BELOW or not can_compile() else _compiled_backward()
+        function = _compiled_backward() if compiles(grad) else _backward
         grad_x, grad_low, grad_high = function(*(tensor.detach().contiguous() for tensor in rows))
         return grad_x.view_as(x), grad_low.view_as(low), grad_high.view_as(high)
 

@@ -246,26 +246,37 @@ def backward(
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_GB, low_G, high_G, outer, out_GB, format, rule):
+        scale_G = _run(forward, (x_GB, low_G, high_G, outer, out_GB), format, rule)
+        ctx.save_for_backward(x_GB, low_G, high_G, scale_G)
         ctx.format, ctx.rule = format, rule
-        ctx.native = native.available(x_GB, out_GB) and native.knows(format, rule)
-        if ctx.native:
-            x, out, ratios = _rows(x_GB, format), _rows(out_GB, format), _ratios(x_GB, low_G, high_G, format)
-            native.fake_quantize(x, ratios, outer, out, format=format, rule=rule)
-            ctx.save_for_backward(x_GB, low_G, high_G, outer)
-        else:
-            scale_G = _run(forward, (x_GB, low_G, high_G, outer, out_GB), format, rule)
-            ctx.save_for_backward(x_GB, low_G, high_G, scale_G)
         ctx.mark_dirty(out_GB)
         return out_GB
 
     @staticmethod
     def backward(ctx, grad_GB):
-        grad_GB, (x_GB, low_G, high_G, last) = grad_GB.contiguous(), ctx.saved_tensors
-        if not ctx.native:
-            grads = _run(backward, (grad_GB, x_GB, low_G, high_G, last), ctx.format, ctx.rule)
-            return *grads, None, None, None, None
-        x, grad, ratios = _rows(x_GB, ctx.format), _rows(grad_GB, ctx.format), _ratios(x_GB, low_G, high_G, ctx.format)
-        grad_x, shares = native.fake_quantize_backward(grad, x, ratios, last, format=ctx.format, rule=ctx.rule)
+        grads = _run(backward, (grad_GB.contiguous(), *ctx.saved_tensors), ctx.format, ctx.rule)
+        return *grads, None, None, None, None
+
+
+class _NativeFakeQuantize(torch.autograd.Function):
+    """The same by the native kernels, which find the scales once more on the way back."""
+
+    @staticmethod
+    def forward(ctx, x_GB, low_G, high_G, outer, out_GB, format, rule):
+        x, ratios = _rows(x_GB, format), None
+        if low_G is not None and high_G is not None:
+            ratios = torch.stack((low_G, high_G), dim=-1).to(torch.float32).view(len(x), -1, 2)
+        native.fake_quantize(x, ratios, outer, _rows(out_GB, format), format=format, rule=rule)
+        ctx.save_for_backward(x_GB, ratios, outer)
+        ctx.format, ctx.rule = format, rule
+        ctx.mark_dirty(out_GB)
+        return out_GB
+
+    @staticmethod
+    def backward(ctx, grad_GB):
+        x_GB, ratios, outer = ctx.saved_tensors
+        x, grad = _rows(x_GB, ctx.format), _rows(grad_GB.contiguous(), ctx.format)
+        grad_x, shares = native.fake_quantize_backward(grad, x, ratios, outer, format=ctx.format, rule=ctx.rule)
         grad_low, grad_high = (None, None) if shares is None else shares.view(-1, 2).unbind(-1)
         return grad_x.view_as(x_GB), grad_low, grad_high, None, None, None, None
 
@@ -275,13 +286,6 @@ def _rows(x_GB: Tensor, format: BlockFormat) -> Tensor:
     groups, size = x_GB.shape
     several = min(groups & -groups, 64) if size == format.block else 1
     return x_GB.view(-1, several * size)
-
-
-def _ratios(x_GB: Tensor, low_G: Tensor | None, high_G: Tensor | None, format: BlockFormat) -> Tensor | None:
-    """Clip ratios float32 [rows, blocks, 2] for the rows of :func:`_rows`."""
-    if low_G is None or high_G is None:
-        return None
-    return torch.stack((low_G, high_G), dim=-1).to(torch.float32).view(len(_rows(x_GB, format)), -1, 2)
 
 
 def fake_quantize(
@@ -295,7 +299,9 @@ def fake_quantize(
     rule: str,
 ) -> Tensor:
     """Fused :func:`forward` into ``out_GB``, rounded to its dtype, with the straight-through gradient."""
-    return _FakeQuantize.apply(x_GB, low_G, high_G, outer, out_GB, format, rule)
+    fast = native.available(x_GB, out_GB) and native.knows(format, rule)
+    function = _NativeFakeQuantize if fast else _FakeQuantize
+    return function.apply(x_GB, low_G, high_G, outer, out_GB, format, rule)
 
 
 @torch.no_grad()
@@ -304,7 +310,7 @@ def _run(function: Callable, tensors: tuple, format: BlockFormat, rule: str):
         from microbat.kernels import fake_quantize as fused
 
         return {forward: fused.forward, backward: fused.backward}[function](*tensors, format=format, rule=rule)
-    if tensors[0].numel() < EAGER_BELOW or not can_compile():
+    if not compiles(tensors[0]):
         return function(*tensors, format=format, rule=rule)
     tensors = tuple(tensor if tensor is None else tensor.detach() for tensor in tensors)
     dtypes = tuple("" if tensor is None else str(tensor.dtype) for tensor in tensors)
@@ -334,6 +340,11 @@ def compiled(function: Callable, name: str) -> Callable:
         return fast(*tensors)
 
     return call
+
+
+def compiles(x: Tensor) -> bool:
+    """Whether a kernel is compiled for a tensor of this size: whether that can be done here, and is worth it."""
+    return x.numel() >= EAGER_BELOW and can_compile()
 
 
 @functools.cache

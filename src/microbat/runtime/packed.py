@@ -39,7 +39,7 @@ from microbat.formats.packing import pack, scale_dtype, unpack
 from microbat.linear import SiteInput
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import rounding
-from microbat.quantizers.kernel import EAGER_BELOW, can_compile, compiled
+from microbat.quantizers.kernel import compiled, compiles
 from microbat.registry import unknown
 from microbat.runtime import gpu
 
@@ -233,7 +233,7 @@ def _decode_natively(layer: PackedLinear, start: int, tile: Tensor) -> None:
 
 def _decode(layer: PackedLinear, start: int, tile: Tensor) -> None:
     rows = slice(start, start + tile.shape[0])
-    function = _decode_into if tile.numel() < EAGER_BELOW or not can_compile() else _compiled_decode
+    function = _compiled_decode if compiles(tile) else _decode_into
     function(layer.format, layer.in_features, tile.dtype)(
         layer.codes[rows], layer.scales[rows], layer.tensor_scale, tile
     )
