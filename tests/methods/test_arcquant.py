@@ -160,7 +160,7 @@ def test_a_quantized_cache_and_inspect(tiny, text_file, tmp_path):
     [
         ({"threshold": 1.5}, "W4A4:nvfp4", r"arcquant\.threshold=1\.5"),
         ({"channels": -16}, "W4A4:nvfp4", r"arcquant\.channels=-16"),
-        ({"channels": 24}, "W4A4:nvfp4", "not a multiple of nvfp4's block of 16"),
+        ({"channels": 24}, "W4A4:nvfp4", "not a multiple of a block of 16"),
         ({}, "W4A16:nvfp4", "W4A16:nvfp4 has none"),
         ({}, "W4A8:nvfp4", "nvfp4 weights have 16, mxfp8_e4m3 activations 32"),
         ({}, "W8A8:int8", "int8 activations a row"),

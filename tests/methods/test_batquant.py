@@ -1,14 +1,17 @@
 """BATQuant on one real block of a tiny model: identities at its corners, and that it beats what it must beat."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import microbat
 from microbat.calibrate.engine import calibrate
 from microbat.calibrate.fake import FakeWeights, transformed
 from microbat.calibrate.job import Job
+from microbat.methods.arcquant import ARCQuant
 from microbat.methods.batquant import BATQuant
 from microbat.methods.gptq import GPTQ
 from microbat.methods.learn import drawn
@@ -16,8 +19,10 @@ from microbat.methods.learned import Learned
 from microbat.methods.rtn import RTN
 from microbat.models.checkpoint import Checkpoint
 from microbat.quantizers.clip import Clip
+from microbat.recipe import Recipe
 from microbat.scheme import Scheme
 from microbat.transforms.kronecker import Kronecker
+from microbat.verify import verify
 
 
 class Memory:
@@ -123,6 +128,47 @@ def test_a_factor_per_channel_takes_back_what_stands_out(tiny, tmp_path):
     assert all(site.transform.name == "gpk" for site in blocks[0].sites)  # folded: nothing more runs online
 
 
+def test_residual_channels_alone_are_arcquants(tiny):
+    """One layer as wide as the other, so that a share is the same number of channels in each."""
+    model = tiny("llama", intermediate_size=64)
+    nothing = {"transform": "none", "weight_clip": False, "epochs": 0}
+    bat, _ = quantize(model, (BATQuant(**nothing, residual=0.5),), GPTQ(), "W4A4:nvfp4", rule="")
+    arc, _ = quantize(model, (ARCQuant(channels=32),), GPTQ(), "W4A4:nvfp4", rule="")
+    assert all(torch.equal(a, b) for a, b in zip(codes(bat), codes(arc), strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["W4A4:nvfp4", "W4A4"])
+def test_the_largest_channels_after_the_factors_are_quantized_twice(tiny, scheme):
+    settings = {"epochs": 10, "refine_epochs": 0}
+    _, without = quantize(tiny(), (BATQuant(**settings),), GPTQ(), scheme, rule="")
+    blocks, residual = quantize(tiny(), (BATQuant(**settings, residual=0.5),), GPTQ(), scheme, rule="")
+    assert residual[0].error < 0.8 * without[0].error
+    block = 16 if "nvfp4" in scheme else 32
+    for site in blocks[0].sites:
+        assert site.transform.name == "ordered"
+        assert site.quantizer.channels == -(-site.transform.width // (2 * block)) * block
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_a_folder_with_residual_channels_runs_as_it_was_calibrated(tiny, text_file, tmp_path, family):
+    out = microbat.quantize(
+        tiny(family),
+        out=tmp_path / "q",
+        method="batquant",
+        solver="gptq",
+        scheme="W4A4KV4",
+        calibration=str(text_file),
+        settings={"residual": 0.25, "epochs": 1, "refine_epochs": 1, "distill_epochs": 1},
+        num_calibration_samples=4,
+        max_seq_length=32,
+        precision="float32",
+    )
+    verdict = verify(out)
+    assert verdict.passed
+    assert verdict.error < 1e-6
+    assert all(layer["residual_channels"] for layer in json.loads((out / "report.json").read_text())["layers"])
+
+
 def test_refining_keeps_the_codes_and_lowers_the_error(tiny):
     settings = {"epochs": 5, "transform": "full"}
     plain, before = quantize(tiny(), (BATQuant(**settings, refine_epochs=0),), GPTQ())
@@ -175,6 +221,18 @@ def test_unknown_choices_are_refused():
         BATQuant(channel_scale=2.0)
     with pytest.raises(ValueError, match="g1=5"):
         BATQuant(g=32, g1=5)
+    with pytest.raises(ValueError, match=r"batquant.residual=12 must be from 0 to 1, a share of the channels"):
+        BATQuant(residual=12)
+    with pytest.raises(
+        ValueError, match=r"residual=0.1 goes with transforms within blocks .* not with transform=global"
+    ):
+        BATQuant(residual=0.1, transform="global")
+    for scheme, why in (
+        ("W4A8:nvfp4", "nvfp4 weights have 16, mxfp8_e4m3 activations 32"),
+        ("W4A16", "scheme W4A16 has none"),
+    ):
+        with pytest.raises(ValueError, match=f"batquant.residual.* {why}"):
+            Recipe(model="m", method="batquant", scheme=scheme, settings={"residual": 0.1}).methods()
     with pytest.raises(ValueError, match="init=balanced .* transform=full alone, not for 'gpk'"):
         BATQuant(init="balanced")
 

@@ -1,11 +1,13 @@
 """The T-law for every transform, the convention of Algorithm 1, and the parameter counts of the paper's Table 1."""
 
+import json
+
 import pytest
 import torch
 
 from microbat.transforms.hadamard import BlockHadamard, Hadamard, hadamard
 from microbat.transforms.kronecker import GPK, FullBlocks, Kronecker, NaiveKronecker, balanced_split, kron
-from microbat.transforms.permutation import Permutation
+from microbat.transforms.permutation import Ordered, Permutation
 
 
 def random_(transform, seed=0):
@@ -29,6 +31,7 @@ WIDE = [
     Kronecker(width=96, left=8),
     Kronecker(width=96, left=1),
     Permutation(width=96, order=torch.randperm(96, generator=torch.Generator().manual_seed(0))),
+    Ordered(map=GPK(width=96, block=16, g1=8), order=torch.randperm(96, generator=torch.Generator().manual_seed(1))),
 ]
 
 
@@ -193,3 +196,15 @@ def test_permutation_is_exact_and_is_stored():
     assert torch.equal(again.to(torch.bfloat16)(x), x[:, order])
     with pytest.raises(ValueError, match="not a permutation of 96"):
         Permutation(width=96, order=torch.zeros(96, dtype=torch.int64))
+
+
+def test_a_map_of_reordered_channels_is_stored_with_its_order():
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(10))
+    transform = Ordered(map=GPK(width=96, block=16, g1=8, init="orthogonal"), order=order)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(11))
+    assert torch.equal(transform(x), transform.map(x[:, order]))
+    again = Ordered(**json.loads(json.dumps(transform.settings())))
+    again.load_state_dict(transform.state_dict())
+    assert torch.equal(again(x), transform(x))
+    with pytest.raises(ValueError, match="unknown transform 'gkp'; did you mean 'gpk'"):
+        Ordered(map={"name": "gkp"})

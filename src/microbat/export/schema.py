@@ -32,7 +32,7 @@ _QUANTIZER: dict[str, Any] = {
     "residual_channels": {},
     "parts": {"format": {}, "scale_rule": {}, "width": {}},
 }
-_TRANSFORM: dict[str, Any] = {ANY: {}}  # its class knows its settings
+_TRANSFORM: dict[str, Any] = {ANY: {}, "map": {ANY: {}}}  # its class knows its settings
 _SHARD = {
     "name": {},
     "sites": {

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from microbat.methods.base import BlockData, Plan, Preparer, Solver
 from microbat.quantizers.base import AbsMax
-from microbat.quantizers.residual import Residual
+from microbat.quantizers.residual import Residual, common_block
 from microbat.scheme import Scheme
 from microbat.transforms.permutation import Permutation
 
@@ -56,20 +56,11 @@ class ARCQuant(Preparer):
             raise ValueError(f"arcquant.channels={self.channels} must be 0 or more, or left out for the rule")
 
     def check(self, scheme: Scheme) -> None:
-        if scheme.activation is None or scheme.weight is None:
+        block = common_block(self.name, scheme.text, scheme.activation, scheme.weight)
+        if self.channels is not None and self.channels % block:
             raise ValueError(
-                f"arcquant appends residuals to quantized activations; scheme {scheme.text} has none. Choose W4A4:nvfp4, or soar "
-                "or gptq for weights alone"
+                f"arcquant.channels={self.channels} is not a multiple of a block of {block} (scheme {scheme.text})"
             )
-        x, w = scheme.activation.format, scheme.weight.format
-        if x.block is None or x.block != w.block:
-            raise ValueError(
-                f"arcquant repeats a weight's block for each block of residuals: both must be as long, and {w.name} weights have "
-                f"{w.block or 'a row'}, {x.name} activations {x.block or 'a row'} (scheme {scheme.text}). Choose W4A4:nvfp4"
-            )
-        Residual(inner=scheme.activation, channels=x.block)  # refuses blocks that have scales within
-        if self.channels is not None and self.channels % x.block:
-            raise ValueError(f"arcquant.channels={self.channels} is not a multiple of {x.name}'s block of {x.block}")
 
     def check_width(self, width: int, scheme: Scheme) -> None:
         if self.channels is not None and self.channels > width:

@@ -16,6 +16,7 @@ the recipe as printed. See the fields for each. No code of the authors is public
 only the inverse transpose is exact; that is what is used.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -39,11 +40,13 @@ from microbat.methods.learn import (
 )
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
+from microbat.quantizers.residual import Residual, common_block
 from microbat.scheme import Scheme
 from microbat.transforms.balance import balanced_blocks
 from microbat.transforms.base import BlockDiagonal, Transform
 from microbat.transforms.hadamard import BlockHadamard
 from microbat.transforms.kronecker import GPK, FullBlocks, Init, Kronecker, NaiveKronecker, balanced_split
+from microbat.transforms.permutation import Ordered, Permutation
 
 Kind = Literal["gpk", "naive_kron", "full", "hadamard", "none", "global"]  # global: FlatQuant's, across the whole width
 Scope = Literal["block", "global"]  # whose extremes a clip takes a share of: a block's, or the whole row's or token's
@@ -63,6 +66,10 @@ class BATQuant(Preparer):
     # Not in the paper: a factor per channel, folded into the norm or into up, so that it costs nothing when the model runs
     # (FlatQuant's). It is learned from max|W|^(1 - a) / max|X|^a on, with this a; 0 for none.
     channel_scale: float = 0.5
+    # Not in the paper: this share of an activation's channels, the largest, in whole blocks, is quantized twice (ARCQuant's
+    # residual channels, quantizers/residual.py). Channels then stand in the order of their size before the transform, and the
+    # activation has no clip. init=identity suits it, and soar with error feedback (LOG.md).
+    residual: float = 0.0
     clip: bool = True
     clip_lr: float = 2e-2  # unstated; 10 x the paper's rate, as FlatQuant
     # The paper's weights are clipped and rounded to nearest while the transforms train. auto: where the solver repairs what
@@ -100,6 +107,13 @@ class BATQuant(Preparer):
                 raise ValueError(f"{self.name}.{field}={getattr(self, field)} must be at least {least}")
         if not 0 <= self.channel_scale <= 1:
             raise ValueError(f"{self.name}.channel_scale={self.channel_scale} must be from 0 to 1")
+        if not 0 <= self.residual <= 1:
+            raise ValueError(f"{self.name}.residual={self.residual} must be from 0 to 1, a share of the channels")
+        if self.residual and (self.transform == "global" or self.init == "balanced"):
+            raise ValueError(
+                f"{self.name}.residual={self.residual} goes with transforms within blocks that start alike, not with "
+                f"transform={self.transform}, init={self.init}"
+            )
         if self.g and self.transform in ("gpk", "naive_kron") and self.g % self.g1:
             raise ValueError(f"{self.name}.g1={self.g1} does not divide the transform block g={self.g}")
 
@@ -119,6 +133,8 @@ class BATQuant(Preparer):
     def check(self, scheme: Scheme) -> None:
         if self.epochs or self.weight_clip:
             check_trains(self.name, scheme)
+        if self.residual:
+            common_block(f"{self.name}.residual", scheme.text, scheme.activation, scheme.weight)
 
     def check_width(self, width: int, scheme: Scheme) -> None:
         """A format whose scales span a row has blocks as long as the layer is wide, which not every transform can be."""
@@ -141,11 +157,14 @@ class BATQuant(Preparer):
         rounding = self._rounding(plan, solver)
         if self.channel_scale and self.epochs and self.init != "balanced":  # which knows its channels' sizes
             start_scales(data, plan, self.channel_scale)
+        largest = data.absmax(site.site.consumers[0] for site in plan.sites) if self.residual else {}
         for site in plan.sites:
             linears = {path: data.block.get_submodule(path) for path in site.site.consumers}
             width = next(iter(linears.values())).in_features
             site.transform = self._transform(width, _format(site), data, g=self.g)
-            if self.clip and site.activation is not None:
+            if self.residual:
+                self._append(site, largest[site.site.consumers[0]])
+            elif self.clip and site.activation is not None:
                 site.activation = self._clip(site.activation, width)
             if self.weight_clip and rounding == "fake":
                 site.weights = {
@@ -206,9 +225,20 @@ class BATQuant(Preparer):
         blocks = 1 if whole else width // quantizer.format.block_of(width)
         return Clip(quantizer, shape=(*rows, blocks), whole=whole)
 
+    def _append(self, site: SitePlan, largest: Tensor) -> None:
+        """Residual channels for ``site``, whose channels are as large as ``largest`` [K]."""
+        if not isinstance(site.activation, AbsMax):
+            return
+        order = (largest if site.scale is None else largest * site.scale.detach()).argsort(stable=True)
+        width, block = len(order), site.activation.format.block_of(len(order))
+        alone = site.transform is None
+        site.transform = Permutation(width=width, order=order) if alone else Ordered(map=site.transform, order=order)
+        site.activation = Residual(inner=site.activation, channels=block * math.ceil(self.residual * width / block))
+
     def _map_values(self, plan: Plan, format: BlockFormat, data: BlockData) -> None:
         """P_v. What o then receives is transformed by P_v P_o, of which only P_o runs online: it starts as the identity where
-        both have blocks of one size. A family closed under products loses nothing by it (sheet: P_v^-1 merged into P_o).
+        both have blocks of one size. A family closed under products loses nothing by it (sheet: P_v^-1 merged into P_o). None
+        where o's channels stand in the order of their size, which it would change.
         """
         site = plan.value_site()
         if site is None or not isinstance(site.transform, BlockDiagonal):

@@ -127,6 +127,24 @@ def slots(groups: int, residual: int, device: torch.device) -> tuple[Tensor, Ten
     return order.to(device), torch.where(order < groups, order, order - residual).to(device)
 
 
+def common_block(method: str, scheme: str, activation: AbsMax | None, weight: AbsMax | None) -> int:
+    """The block of both formats of ``scheme``. ValueError where its weights cannot meet residual channels, which ``method`` asks
+    for."""
+    if activation is None or weight is None:
+        raise ValueError(
+            f"{method} appends residuals to quantized activations; scheme {scheme} has none. Choose W4A4:nvfp4, or soar "
+            "or gptq for weights alone"
+        )
+    x, w = activation.format, weight.format
+    if x.block is None or x.block != w.block:
+        raise ValueError(
+            f"{method} repeats a weight's block for each block of residuals: both must be as long, and {w.name} weights have "
+            f"{w.block or 'a row'}, {x.name} activations {x.block or 'a row'} (scheme {scheme}). Choose W4A4:nvfp4"
+        )
+    Residual(inner=activation, channels=x.block)  # refuses blocks that have scales within
+    return x.block
+
+
 def facing(quantizer: object, weight: Weight) -> Weight:
     """``weight`` [N, K] as the output of ``quantizer`` meets it."""
     return quantizer.facing(weight) if isinstance(quantizer, Residual) else weight

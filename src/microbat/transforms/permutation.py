@@ -1,4 +1,5 @@
-"""Channels in another order: the map that groups like with like before blocks are cut. One gather, exact in every format."""
+"""Channels in another order: the map that groups like with like before blocks are cut, alone or before another map. One gather,
+exact in every format."""
 
 # Shapes: K last axis.
 
@@ -7,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from microbat.registry import pick, subclasses
 from microbat.transforms.base import Transform
 
 
@@ -32,3 +34,32 @@ class Permutation(Transform):
 
     def inverse_t(self, w: Tensor) -> Tensor:
         return self(w)  # orthogonal: M^-T = M
+
+
+class Ordered(Transform):
+    """``map`` of the channels in another order: ``forward(x) = map(x[..., order])``. ``map`` is a transform, or its name and
+    settings, as it is stored."""
+
+    name: ClassVar[str] = "ordered"
+
+    def __init__(self, *, map: Transform | dict[str, Any], order: Tensor | None = None):
+        super().__init__()
+        if isinstance(map, dict):
+            settings = dict(map)
+            kinds = subclasses("microbat.transforms", Transform)
+            map = pick("transform", settings.pop("name"), kinds)(**settings)
+        self.map = map
+        self.first = Permutation(width=map.width, order=order)
+
+    @property
+    def width(self) -> int:
+        return self.first.width
+
+    def settings(self) -> dict[str, Any]:
+        return {"map": {"name": self.map.name, **self.map.settings()}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.map(self.first(x))
+
+    def inverse_t(self, w: Tensor) -> Tensor:
+        return self.map.inverse_t(self.first(w))
