@@ -17,6 +17,7 @@ class Transform(nn.Module, ABC):
     """An invertible map on the last axis. ``name`` and ``settings`` and the parameters rebuild it from a folder."""
 
     name: ClassVar[str]
+    width: int
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +40,6 @@ class Transform(nn.Module, ABC):
 class BlockDiagonal(Transform):
     """A transform that acts within blocks of the last axis, each with a matrix of its own."""
 
-    width: int
     block: int
 
     def __init__(self, *, width: int, block: int):

@@ -46,14 +46,10 @@ class Ordered(Transform):
         super().__init__()
         if isinstance(map, dict):
             settings = dict(map)
-            kinds = subclasses("microbat.transforms", Transform)
+            kinds = subclasses("microbat.transforms", Transform)  # type: ignore[type-abstract]
             map = pick("transform", settings.pop("name"), kinds)(**settings)
-        self.map = map
+        self.map, self.width = map, map.width
         self.first = Permutation(width=map.width, order=order)
-
-    @property
-    def width(self) -> int:
-        return self.first.width
 
     def settings(self) -> dict[str, Any]:
         return {"map": {"name": self.map.name, **self.map.settings()}}
