@@ -32,8 +32,8 @@ from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
 from microbat.quantizers.mixed import Mixed
 from microbat.quantizers.residual import Residual
-from microbat.registry import instances, pick, subclasses
-from microbat.transforms.base import Transform
+from microbat.registry import instances, pick
+from microbat.transforms.base import Transform, rebuilt
 
 OUTSIDE: dict[str, Any] = {
     "name": "",
@@ -226,8 +226,7 @@ def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _read_transform(entry: dict[str, Any], own: dict[str, Tensor]) -> Transform:
-    settings = dict(entry)
-    transform = pick("transform", settings.pop("name"), transforms())(**settings)
+    transform = rebuilt(entry)
     transform.load_state_dict(_take(dict(own), "transform."))
     return transform.requires_grad_(False)
 
@@ -240,11 +239,6 @@ def _read_quantizer(entry: dict[str, Any], clip: Tensor | None, formats: dict[st
     if "residual_channels" in entry:
         return Residual(inner=quantizer, channels=entry["residual_channels"])
     return quantizer if clip is None else Clip(quantizer, clip, whole=entry.get("clips_whole", False))
-
-
-def transforms() -> dict[str, type[Transform]]:
-    """Every stored kind of transform by name."""
-    return subclasses("microbat.transforms", Transform)
 
 
 def float_tensors(module: nn.Module) -> dict[str, Tensor]:

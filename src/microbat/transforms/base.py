@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from microbat.registry import pick, subclasses
+
 
 class Transform(nn.Module, ABC):
     """An invertible map on the last axis. ``name`` and ``settings`` and the parameters rebuild it from a folder."""
@@ -35,6 +37,12 @@ class Transform(nn.Module, ABC):
     def num_parameters(self) -> int:
         """Stored numbers (the paper's Table 1)."""
         return sum(tensor.numel() for tensor in self.state_dict().values())
+
+
+def rebuilt(entry: dict[str, Any]) -> Transform:
+    """The transform whose ``name`` and settings ``entry`` holds, as it is before its parameters are read."""
+    kinds, settings = subclasses("microbat.transforms", Transform), dict(entry)  # type: ignore[type-abstract]
+    return pick("transform", settings.pop("name"), kinds)(**settings)
 
 
 class BlockDiagonal(Transform):

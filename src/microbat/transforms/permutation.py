@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from microbat.registry import pick, subclasses
-from microbat.transforms.base import Transform
+from microbat.transforms.base import Transform, rebuilt
 
 
 class Permutation(Transform):
@@ -44,10 +43,7 @@ class Ordered(Transform):
 
     def __init__(self, *, map: Transform | dict[str, Any], order: Tensor | None = None):
         super().__init__()
-        if isinstance(map, dict):
-            settings = dict(map)
-            kinds = subclasses("microbat.transforms", Transform)  # type: ignore[type-abstract]
-            map = pick("transform", settings.pop("name"), kinds)(**settings)
+        map = rebuilt(map) if isinstance(map, dict) else map
         self.map, self.width = map, map.width
         self.first = Permutation(width=map.width, order=order)
 
