@@ -61,7 +61,7 @@ def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tens
         prefix = f"{inside}sites.{site.name}"
         entry: dict[str, Any] = {"name": site.name, "consumers": list(site.consumers)}
         if site.transform is not None:
-            entry["transform"] = {"name": site.transform.name, **site.transform.settings()}
+            entry["transform"] = site.transform.stored()
             tensors |= {f"{prefix}.transform.{key}": t for key, t in site.transform.state_dict().items()}
         if site.quantizer is not None:
             entry["activation"] = _describe(site.quantizer)
@@ -89,7 +89,7 @@ def write_block(path: Path, name: str, block: QuantBlock, floats: dict[str, Tens
             if isinstance(quantizer, Clip):
                 tensors[f"{prefix}.{role}_clip"] = quantizer.ratios
         if kv.transform is not None:
-            description["kv"]["transform"] = {"name": kv.transform.name, **kv.transform.settings()}
+            description["kv"]["transform"] = kv.transform.stored()
             tensors |= {f"{prefix}.transform.{key}": t for key, t in kv.transform.state_dict().items()}
     write_shard(path, tensors, description)
 

@@ -33,6 +33,10 @@ class Transform(nn.Module, ABC):
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, as plain data."""
 
+    def stored(self) -> dict[str, Any]:
+        """``name`` and ``settings``: what :func:`rebuilt` takes."""
+        return {"name": self.name, **self.settings()}
+
     @property
     def num_parameters(self) -> int:
         """Stored numbers (the paper's Table 1)."""
@@ -40,7 +44,7 @@ class Transform(nn.Module, ABC):
 
 
 def rebuilt(entry: dict[str, Any]) -> Transform:
-    """The transform whose ``name`` and settings ``entry`` holds, as it is before its parameters are read."""
+    """The transform that ``stored`` gave ``entry`` of, as it is before its parameters are read."""
     kinds, settings = subclasses("microbat.transforms", Transform), dict(entry)  # type: ignore[type-abstract]
     return pick("transform", settings.pop("name"), kinds)(**settings)
 

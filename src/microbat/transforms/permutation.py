@@ -48,7 +48,7 @@ class Ordered(Transform):
         self.first = Permutation(width=map.width, order=order)
 
     def settings(self) -> dict[str, Any]:
-        return {"map": {"name": self.map.name, **self.map.settings()}}
+        return {"map": self.map.stored()}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.map(self.first(x))
