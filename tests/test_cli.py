@@ -156,6 +156,8 @@ def test_lists():
     assert "held-out/test.jsonl" in benchmarks
     assert "arc_challenge" in benchmarks
     assert "W4A4KV16" in run("list", "schemes")
+    everything = run("list")
+    assert all(part in everything for part in ("mxfp6_e3m2", "--set damping=0.01", "qwen3", "W4A4KV16", "Avg@16"))
 
 
 def test_errors_are_one_line(tiny, tmp_path):

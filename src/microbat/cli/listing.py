@@ -20,15 +20,23 @@ class Listed(StrEnum):
     benchmarks = "benchmarks"
 
 
-def list_(what: Annotated[Listed, typer.Argument(help="formats, methods, families, schemes or benchmarks")]) -> None:
+def list_(
+    what: Annotated[
+        Listed | None, typer.Argument(help="formats, methods, families, schemes or benchmarks", show_default="all")
+    ] = None,
+) -> None:
     """What there is to choose from."""
-    {
+    lists = {
         Listed.formats: _list_formats,
         Listed.methods: _list_methods,
         Listed.families: _list_families,
         Listed.schemes: _list_schemes,
         Listed.benchmarks: _list_benchmarks,
-    }[what]()
+    }
+    for one in [what] if what else Listed:
+        if not what:
+            console.rule(one.value)
+        lists[one]()
 
 
 def _list_formats() -> None:
