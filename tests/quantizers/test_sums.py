@@ -43,6 +43,26 @@ def test_golden_errors(kind, format, rule, error, tolerance):
     assert relative(quantizer.quantize(x).dequantize(), x) == pytest.approx(error, abs=tolerance)
 
 
+@pytest.mark.parametrize("format", [INT2, INT3], ids=lambda f: f.name)
+def test_the_clip_search_is_the_best_of_eighty_ranges_in_every_block(format):
+    """However many rows are compared at once: sum of |error|^2.4 by a plain loop in float64."""
+    x = draw("t", N=300, K=512).unflatten(-1, (-1, 128))
+    got = sums.numbers_of(x, format, "mse")
+    got = (got[..., 1:] + got[..., :1] * torch.arange(format.element.max + 1)).double()
+
+    def error(values):
+        return (x.double()[..., None] - values[..., None, :]).abs().amin(-1).pow(2.4).sum(-1)
+
+    least = torch.full(x.shape[:2], float("inf"), dtype=torch.float64)
+    for share in (1 - torch.arange(80) / 100).tolist():
+        low, high = share * x.amin(-1).clamp(max=0), share * x.amax(-1).clamp(min=0)
+        scale = ((high - low) / format.element.max).to(torch.bfloat16).float()
+        offset = (scale * (low / scale).round()).to(torch.bfloat16).float()
+        values = offset[..., None] + scale[..., None] * torch.arange(format.element.max + 1)
+        least = torch.minimum(least, error(values.double()))
+    torch.testing.assert_close(error(got), least, rtol=1e-5, atol=0)
+
+
 def test_golden_error_at_the_start_of_a_ternary_fit():
     x = draw("gaussian")[:, None]
     numbers, codes = sums.start(x, TERNARY)
