@@ -12,7 +12,8 @@ is quadratic in each factor while the codes are fixed (H_i = I for the paper's o
          q_i = round(w_i / (a b D))                                             (decoupled scale search)
 
 in rounds, until a round gains less than a thousandth. Here a block keeps what it has where (4) finds nothing better, and (2)
-is taken only where it lowers (1), so that no round makes it worse: by itself the paper's rule is not monotone.
+is taken only where it lowers (1), so that no round makes it worse: by itself the paper's rule is not monotone. Where more than
+a hundredth of the block scales are the largest that there is, they are halved and a doubled, which changes no weight.
 
 *Decoupling.* For H_i = I, or any diagonal, (1) is a sum over weights, the best code of each is the nearest one under
 a D, and b = 1 is best: the grid of b cannot help (NVIDIA's ModelOpt found the same, PR 1881; the tests hold it). So it is
@@ -56,6 +57,8 @@ from microbat.quantizers.kernel import block_scale, round_blocks
 from microbat.scheme import Scheme
 
 WINDOW = {E4M3: (-16, 8), E8M0: (-2, 0)}  # steps on the scale's grid around M / max (rounded up for E8M0); see above
+CROWDED = 0.01  # of a tensor's block scales may be the largest of their format
+SMALLEST_NORMAL = 2.0**-6  # of E4M3
 CHUNK = 1 << 19  # weights times candidates that are compared at once: what a core's cache holds
 
 
@@ -128,6 +131,8 @@ class SOAR(Solver):
             betas[self.betas // 2] = 1.0
         for number in range(self.rounds):
             before = fit.loss
+            if joint:
+                fit.make_room()
             if self.closed_form and joint:
                 fit.refit_tensor_scale()
             fit.choose(self._candidates(fit), betas)
@@ -152,8 +157,8 @@ class SOAR(Solver):
 def _check_format(format: BlockFormat) -> None:
     if format.scale_element not in WINDOW or format.block is None:
         raise ValueError(
-            f"soar searches block scales of 8 bits (nvfp4, mxfp4 and other MX formats); {format.name} has none. Choose one of "
-            "those, or gptq"
+            f"soar searches block scales in E4M3 or E8M0 (nvfp4, mxfp4 and other MX formats), one to a block; those of "
+            f"{format.name} are not such. Choose one of those formats, or gptq"
         )
 
 
@@ -217,6 +222,15 @@ class _Fit:
         """w^T H q and q^T H q of every block, [G, N]."""
         mapped = self.weighted(self.values, self.metric)
         return (mapped * self.weight).sum(-1), (mapped * self.values).sum(-1)
+
+    def make_room(self) -> None:
+        """Half of every block scale under twice the tensor's, where many are the largest that there is, and where no half is
+        rounded but those of blocks that are all zero."""
+        if self.outer is None or (self.block == self.grid[-1]).float().mean() <= CROWDED:
+            return
+        small = self.block < 2 * SMALLEST_NORMAL
+        if not self.values[small].any():
+            self.block, self.outer = torch.where(small, self.block, self.block / 2), self.outer * 2
 
     def refit_tensor_scale(self) -> None:
         """(2), where it lowers the error."""
