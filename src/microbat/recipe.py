@@ -70,8 +70,10 @@ class Recipe:
         return cls(**{k: tuple(v) if k in ("ignore", "also") else v for k, v in content.items()})
 
     def parsed_scheme(self) -> Scheme:
-        rule = self.scale_rule or pick("method", self.method, methods()).default_scale_rule
-        return Scheme.parse(self.scheme, scale_rule=rule, ignore=self.ignore, also=self.also)
+        preferred = pick("method", self.method, methods()).default_scale_rule
+        return Scheme.parse(
+            self.scheme, scale_rule=self.scale_rule, preferred_rule=preferred, ignore=self.ignore, also=self.also
+        )
 
     def methods(self) -> tuple[tuple[Preparer, ...], Solver]:
         """The preparers and the solver with their hyper-parameters; unknown names, wrong types, and a scheme that means

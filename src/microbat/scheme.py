@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from microbat.formats.block import BlockFormat
-from microbat.formats.scales import sees_tensor
+from microbat.formats.scales import rules_for, sees_tensor
 from microbat.quantizers.base import AbsMax
 from microbat.registry import instances, unknown
 
@@ -52,9 +52,16 @@ class Scheme:
 
     @classmethod
     def parse(
-        cls, text: str, *, scale_rule: str = "", ignore: tuple[str, ...] = (), also: tuple[str, ...] = ()
+        cls,
+        text: str,
+        *,
+        scale_rule: str = "",
+        preferred_rule: str = "",
+        ignore: tuple[str, ...] = (),
+        also: tuple[str, ...] = (),
     ) -> "Scheme":
-        """Read ``W<bits>A<bits>[KV<bits>][:format,...]``; ``scale_rule`` replaces each format's default rule."""
+        """Read ``W<bits>A<bits>[KV<bits>][:format,...]``; ``scale_rule`` replaces each format's default rule, and in its absence
+        ``preferred_rule`` that of the formats which know it."""
         match = PATTERN.fullmatch(text)
         if match is None:
             raise ValueError(
@@ -68,7 +75,8 @@ class Scheme:
             if name:
                 named[known[name].element.bits] = known[name]
         quantizers = [
-            cls._quantizer(text, role, int(match[key] or 16), named, known, scale_rule) for role, key in ROLES
+            cls._quantizer(text, role, int(match[key] or 16), named, known, scale_rule, preferred_rule)
+            for role, key in ROLES
         ]
         cache = quantizers[2]
         if cache is not None and sees_tensor(cache.format, cache.rule):
@@ -79,15 +87,26 @@ class Scheme:
                 f"scheme {text!r}: {scaled} scales a whole tensor, and a cache grows token by token; "
                 "choose mxfp4, mxfp8_e4m3 or another format or rule without such a scale for KV"
             )
-        unused = {f.name for f in named.values()} - {q.format.name for q in quantizers if q}
-        if unused:
-            raise ValueError(f"scheme {text!r}: no role has the width of {', '.join(sorted(unused))}")
+        unused = {f.name: f.element.bits for f in named.values() if all(q is None or q.format != f for q in quantizers)}
+        for name, bits in unused.items():
+            asked = sorted({q.format.element.bits for q in quantizers if q})
+            fitting = "; ".join(
+                f"of {width} bits there are {', '.join(n for n, f in known.items() if f.element.bits == width)}"
+                for width in asked
+            )
+            raise ValueError(f"scheme {text!r}: {name} has {bits} bits, and no role asks for as many ({fitting})")
         weight, activation, _ = quantizers
         return cls(text=text, weight=weight, activation=activation, cache=cache, ignore=ignore, also=also)
 
     @staticmethod
     def _quantizer(
-        text: str, role: str, bits: int, named: dict[int, BlockFormat], known: dict[str, BlockFormat], rule: str
+        text: str,
+        role: str,
+        bits: int,
+        named: dict[int, BlockFormat],
+        known: dict[str, BlockFormat],
+        rule: str,
+        preferred: str,
     ) -> AbsMax | None:
         if bits == 16:
             return None
@@ -100,7 +119,7 @@ class Scheme:
                 f"scheme {text!r}: {format.name} is for weights alone, its blocks are fitted; "
                 f"choose 4 bits or more for {role}"
             )
-        return AbsMax(format=format, rule=rule)
+        return AbsMax(format=format, rule=rule or (preferred if preferred in rules_for(format) else ""))
 
     @property
     def block(self) -> int | None:

@@ -25,6 +25,7 @@ from microbat.formats.scales import rules_for
 from microbat.quantizers import kernel
 from microbat.quantizers.base import AbsMax, Scales
 from microbat.runtime import reference
+from microbat.scheme import formats
 
 PROFILES = [HIF4, HIF4_AMCT, HIF4_ASCEND]
 
@@ -105,6 +106,9 @@ def test_hif8_overflow_by_choice():
     x = torch.tensor([40959.996, 40960, 1e30, -40960, -math.inf])
     assert HIF8_ELEMENT.encode(HIF8_ELEMENT.round(x)).tolist() == [0x6E, 0x6E, 0x6E, 0xEE, 0xEE]
     assert HIF8_TO_INFINITY.encode(HIF8_TO_INFINITY.round(x)).tolist() == [0x6E, 0x6F, 0x6F, 0xEF, 0xEF]
+    for name, largest in (("hif8", 2.0**15), ("hif8_inf", math.inf)):  # as schemes name them
+        q = AbsMax(format=formats()[name], rule="unit").quantize(x[None, :4])
+        assert unpack(pack(q), q.format, 4).dequantize()[0, 1:].tolist() == [largest, largest, -largest]
 
 
 def test_hif8_rounds_to_the_nearest_code_and_ties_away_from_zero():
@@ -122,6 +126,27 @@ def test_hif8_rounds_to_the_nearest_code_and_ties_away_from_zero():
     assert torch.equal(HIF8_ELEMENT.round(-x), -HIF8_ELEMENT.round(x))
     short = wide.to(torch.bfloat16)
     assert torch.equal(HIF8_ELEMENT.round(short.float()), HIF8_ELEMENT.round(short.to(torch.float64).float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_hif8_of_every_number_of_sixteen_bits(dtype):
+    """The sheet's formula in float64, which knows no grid, for all 65,536 bit patterns: denormals, infinities and NaN too."""
+    short = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    x = short.double().numpy()
+    a = np.abs(np.where(np.isfinite(x), x, 0))
+    exponent = np.frexp(a)[1] - 1
+    mantissa_bits = 3 - sum((np.abs(exponent) > bound).astype(int) for bound in (3, 7, 15))
+    step = np.exp2(np.where(exponent == -23, -22, exponent) - np.where(exponent == -23, 0, mantissa_bits))
+    rounded = np.where(a < 2.0**-23, 0, np.floor(a / step + 0.5) * step)  # below that even the tie is lost
+    for element, beyond in ((HIF8_ELEMENT, 2.0**15), (HIF8_TO_INFINITY, math.inf)):
+        expected = np.copysign(np.where((a >= 40960) | np.isinf(x), beyond, rounded), x)
+        expected = torch.from_numpy(np.where(np.isnan(x), x, expected)).float()
+        values = element.round(short.float())
+        torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(element.decode(element.encode(values)), expected, rtol=0, atol=0, equal_nan=True)
+    finite = short[torch.isfinite(short)]  # quantizers take it as it is, no float32 first
+    by_quantizer = AbsMax(format=HIF8, rule="unit").quantize(finite).dequantize()
+    assert torch.equal(by_quantizer, HIF8_ELEMENT.round(finite.float()))
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(1, 31.5), (1 / 8, 29.8), (1 / 64, 25.5), (64, 25.2), (1000, 19.7)])
@@ -181,9 +206,40 @@ def test_units_of_equal_numbers(format, value, expected):
     assert AbsMax(format=format).fake(torch.full((64,), float(value))).tolist() == [expected] * 64
 
 
+@pytest.mark.parametrize(("value", "scale", "code"), [(7, 1, 7), (1, 0.15625, 6), (3, 0.4375, 7), (6, 0.875, 7)])
+@pytest.mark.parametrize("format", PROFILES, ids=name)
+def test_what_units_of_equal_numbers_are_made_of(format, value, scale, code):
+    """The value alone would also be that of twice the scale and half the flags."""
+    q = AbsMax(format=format).quantize(torch.full((64,), float(value)))
+    assert q.scales.tolist() == [scale]
+    assert q.inner.tolist() == [[1] * 24]
+    assert q.codes.tolist() == [code] * 64
+
+
+@pytest.mark.parametrize(
+    ("quarters", "reciprocal", "table"), [(0, 1, 0), (1, 0.80078125, 77), (2, 0.66796875, 43), (3, 0.5703125, 18)]
+)
+def test_reciprocals_of_unit_scales(quarters, reciprocal, table):
+    """Four mantissas, so that hardware looks them up: the seven bits of the sheet's table under exponent -E, or -E - 1."""
+    scales = E6M2.table[quarters:255:4]
+    exponents = torch.arange(-48, -48 + len(scales))
+    got = HIF4.reciprocal.element.round(scales.reciprocal())
+    assert torch.equal(got, reciprocal * torch.exp2(-exponents.float()))
+    assert (got.view(torch.int32) >> 16).tolist() == (((127 - exponents - int(quarters > 0)) << 7) | table).tolist()
+    # And the quantizer uses it: an eighth's flag turns where its largest number times this, not times 1 / S, is 4.
+    x = torch.zeros(2, 64)
+    x[:, 0] = 7 * (1 + quarters / 4)
+    x[:, 8] = 4 / reciprocal * torch.tensor([1 - 1e-6, 1 + 1e-6])
+    for format in (HIF4, HIF4_AMCT):  # the third rounds the product before it compares
+        q = AbsMax(format=format).quantize(x)
+        assert q.scales.tolist() == [[1 + quarters / 4]] * 2
+        assert q.inner[:, 0, 1].tolist() == [0, 1]
+
+
 def test_the_unit_of_one_to_sixty_four():
     q = AbsMax(format=HIF4).quantize(torch.arange(1.0, 65.0))
     assert q.scales.tolist() == [10]
+    assert HIF4.reciprocal.element.round(q.scales.reciprocal()).item() == pytest.approx(0.10009766, abs=5e-9)
     eighths, sixteenths = q.inner[0].split([8, 16])
     assert "".join(map(str, eighths.tolist())) == "00001111"
     assert "".join(map(str, sixteenths.tolist())) == "0000111101111111"
@@ -240,6 +296,71 @@ def test_algorithm_1_bit_for_bit(format, how):
     assert torch.equal(got, expected)
 
 
+def units_on_the_grid(scale, U=400, seed=0):
+    """Units [U, 64] of codes, flags and signs at random, the largest 7 ``scale``, where a part is doubled only if it must be;
+    and which of them have a part whose largest number is exactly where its flag turns."""
+    g = torch.Generator().manual_seed(seed)
+    eighths = torch.randint(2, (U, 8), generator=g)
+    sixteenths = torch.randint(2, (U, 8, 2), generator=g)
+    codes = torch.randint(8, (U, 8, 2, 4), generator=g)
+    signs = torch.randint(2, (U, 8, 2, 4), generator=g) * 2 - 1
+    eighths[:, 0] = 1
+    sixteenths[..., 0] |= eighths  # an eighth is doubled for a number of 4 or more, so one of its halves is too
+    needed = torch.randint(4, 8, (U, 8, 2), generator=g)
+    needed[:, 0, 0] = 7
+    codes[..., 1] = torch.where(sixteenths == 1, needed, codes[..., 1])
+    lane = scale * torch.exp2((eighths[..., None] + sixteenths).float())[..., None]
+    x = lane * signs * codes / 4
+    most = x.abs().amax(-1)
+    turns = (most.amax(-1) == 4 * scale) | (most == 2 * scale * torch.exp2(eighths.float())[..., None]).any(-1)
+    return x.flatten(1), torch.cat([eighths, sixteenths.flatten(1)], dim=1), turns.any(1)
+
+
+@pytest.mark.parametrize("exponent", [-45, 0, 13])
+@pytest.mark.parametrize("format", PROFILES, ids=name)
+def test_what_is_on_the_grid_comes_back(format, exponent):
+    """For three of four mantissas of the scale. bf16(1 / 1.75) is below 1 / 1.75, so that a number where a flag turns, 4 or 2
+    times that scale, does not turn it and is cut to 3.5 or 1.75; the third profile rounds the product, 3.992, up to 4."""
+    for mantissa in (1, 1.25, 1.5, 1.75):
+        x, flags, turns = units_on_the_grid(mantissa * 2.0**exponent)
+        q = AbsMax(format=format).quantize(x)
+        same = (q.dequantize() == x).all(1)
+        assert (q.scales == mantissa * 2.0**exponent).all()
+        assert 0.2 < turns.float().mean() < 0.8
+        if mantissa == 1.75 and format is not HIF4_ASCEND:
+            assert torch.equal(same, ~turns)
+        else:
+            assert same.all()
+            assert torch.equal(q.inner[:, 0].long(), flags)
+
+
+@pytest.mark.parametrize("format", PROFILES, ids=name)
+def test_powers_of_two_are_not_on_the_grid(format):
+    """A seventh of the largest, 2^k, is 1.14 * 2^(k - 3), and 1.25 the nearest that scales have: it comes back as 6 of 6.4."""
+    largest = torch.exp2(torch.arange(-40.0, 18))[:, None]
+    x = largest * torch.exp2(-torch.randint(5, (58, 64), generator=torch.Generator().manual_seed(0)).float())
+    x[:, 9] = -largest[:, 0]
+    q = AbsMax(format=format).quantize(x)
+    assert torch.equal(q.scales, 1.25 / 8 * largest)
+    assert torch.equal(q.dequantize()[:, 9], -0.9375 * largest[:, 0])
+
+
+@pytest.mark.parametrize("format", PROFILES, ids=name)
+def test_the_scale_of_every_bfloat16_that_is_the_largest(format):
+    """All 128 mantissas. One of them tells bf16(1 / 7) from 1 / 7, 1.9765625, and two a product that was rounded from one not."""
+    largest = 1 + torch.arange(128) / 128
+    x = torch.zeros(128, 64)
+    x[:, 9] = largest
+    expected = []
+    for peak in map(Fraction, largest.tolist()):
+        product = to_bf16(peak * Fraction(0.142578125))  # of [1/8, 1/2), where quarters are steps of 1/32 and 1/16
+        step = Fraction(1, 32 if product < Fraction(1, 4) else 16)
+        expected.append(float(round(product / step) * step))
+    scales = AbsMax(format=format).quantize(x).scales[:, 0]
+    assert scales.tolist() == expected
+    assert scales[largest == 1.9765625].item() == 0.25  # of 1 / 7 it were 0.3125
+
+
 def test_profiles_differ_where_they_may():
     x = normal(2**12, 64).to(torch.bfloat16).float()
     codes = [AbsMax(format=format).quantize(x) for format in PROFILES]
@@ -287,6 +408,25 @@ def test_hif4_is_equivariant_odd_and_not_idempotent(format):
     assert torch.equal(q.fake(-x), -y)
     one = torch.ones(64)
     assert [q.fake(one)[0], q.fake(q.fake(one))[0]] == [0.9375, 0.875]
+
+
+def test_hif4_follows_powers_of_two_as_far_as_scales_go():
+    """1.5 * 2^15 is the largest scale, 2^-48 the least: one step further and numbers saturate, or fall between codes."""
+    q, x = AbsMax(format=HIF4), normal(3, 64)
+    x = 7 * x / x.abs().amax(-1, keepdim=True)
+    x[:, 40:48] = 0.25  # an eighth of numbers that are one code each
+    top, bottom = 1.5 * x, x
+    for unit, power, beyond in ((top, 15, 16), (bottom, -48, -49)):
+        assert torch.equal(q.fake(unit * 2.0**power), q.fake(unit) * 2.0**power)
+        assert (q.fake(unit * 2.0**beyond) != q.fake(unit) * 2.0**beyond).any(1).all()
+
+
+def test_the_smallest_numbers_of_hif4():
+    """A quarter of the least scale; the tie under it goes as the profile's ties go."""
+    x = torch.zeros(64)
+    x[:3] = torch.tensor([-(2.0**-50), 2.0**-51, 0.99 * 2.0**-51])
+    for format, tie in ((HIF4, 2.0**-50), (HIF4_AMCT, 2.0**-50), (HIF4_ASCEND, 0)):
+        assert AbsMax(format=format).quantize(x).dequantize()[:3].tolist() == [-(2.0**-50), tie, 0]
 
 
 def test_hif4_edges():

@@ -32,11 +32,6 @@ class Composite:
         """Bytes when packed, scales included."""
         return sum(part.nbytes for part in self.parts)
 
-    @property
-    def element_bits(self) -> float:
-        """Bits of an element on average, without its scale."""
-        return sum(part.shape[-1] * part.format.element.bits for part in self.parts) / self.shape[-1]
-
     def dequantize(self) -> Tensor:
         return torch.cat([part.dequantize() for part in self.parts], dim=-1)
 

@@ -15,7 +15,7 @@ away from zero), ``hif4_amct`` Huawei's AMCT (3 with its product rounded to bflo
 Ascend instruction (all products rounded to bfloat16, ties to even). They differ in less than 1 % of the codes, and mean the
 same by the same bits. Equal to those programs bit for bit on bfloat16 inputs; float32 ones are not rounded to bfloat16 before.
 
-The format is not idempotent, and powers of two are not on its grid: bf16(1/7) is below 1/7, so that V = 1 gives S = 0.15625 and
+The format is not idempotent, and powers of two are not on its grid: E6M2 has no 1/7 x 2^k, so that V = 1 gives S = 0.15625 and
 comes back as 0.9375, and that as 0.875.
 """
 
@@ -48,7 +48,8 @@ class Tapered(Element):
     =======  ==  =========================  ====================  ==================================
 
     Ties go away from zero. A number from 1.25 * 2^15 on is beyond the range: ``overflow`` says what becomes of it. The paper and
-    the authors' simulators make it infinite, the NPU's cast and AMCT the largest number, as we do unless told.
+    the authors' simulators make it infinite (``hif8_inf``), the NPU's cast and AMCT the largest number (``hif8``). Only scales
+    that are not the row's own let it happen: rules ``unit`` and ``pts``.
     """
 
     overflow: Literal["saturate", "infinity"] = "saturate"
@@ -122,6 +123,7 @@ class Tapered(Element):
 HIF8_ELEMENT = Tapered(name="hif8", exponent_bits=4, mantissa_bits=3, bias=0, ties="away")
 HIF8_TO_INFINITY = Tapered(name="hif8", exponent_bits=4, mantissa_bits=3, bias=0, ties="away", overflow="infinity")
 HIF8 = BlockFormat(name="hif8", element=HIF8_ELEMENT, levels=(Level(group="row", element=E8M0),))
+HIF8_INF = BlockFormat(name="hif8_inf", element=HIF8_TO_INFINITY, levels=HIF8.levels)
 
 S1P2 = Element(name="s1p2", exponent_bits=1, mantissa_bits=2, bias=1, ties="away")
 S1P2_TO_EVEN = Element(name="s1p2", exponent_bits=1, mantissa_bits=2, bias=1)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from microbat.methods.base import BlockData, Plan, Preparer, Solver
 from microbat.quantizers.base import AbsMax
-from microbat.quantizers.residual import Residual, common_block
+from microbat.quantizers.residual import LANES, Residual, channels_for, common_block
 from microbat.scheme import Scheme
 from microbat.transforms.permutation import Permutation
 
@@ -65,6 +65,12 @@ class ARCQuant(Preparer):
     def check_width(self, width: int, scheme: Scheme) -> None:
         if self.channels is not None and self.channels > width:
             raise ValueError(f"arcquant.channels={self.channels} is more than its K={width}; leave it out for the rule")
+        if self.channels and (width + self.channels) % LANES:
+            block = common_block(self.name, scheme.text, scheme.activation, scheme.weight)
+            raise ValueError(
+                f"K={width} and arcquant.channels={self.channels} are no multiple of {LANES} together, as products of 4-bit "
+                f"tensors take them; --set channels={channels_for(width, self.channels, block)} are one"
+            )
 
     @torch.no_grad()
     def prepare(self, data: BlockData, plan: Plan, solver: Solver) -> Plan:
@@ -73,8 +79,13 @@ class ARCQuant(Preparer):
         for site, outliers in zip(plan.sites, seen.values(), strict=True):
             width = len(outliers.largest)
             site.transform = Permutation(width=width, order=outliers.largest.argsort(stable=True))
-            channels = min(width, outliers.channels(self.rule) if self.channels is None else self.channels)
-            if channels and isinstance(site.activation, AbsMax):
+            if not isinstance(site.activation, AbsMax):
+                continue
+            block = site.activation.format.block_of(width)
+            channels = (
+                channels_for(width, outliers.channels(self.rule), block) if self.channels is None else self.channels
+            )
+            if channels:
                 site.activation = Residual(inner=site.activation, channels=channels)
         return plan
 

@@ -16,7 +16,6 @@ the recipe as printed. See the fields for each. No code of the authors is public
 only the inverse transpose is exact; that is what is used.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -40,7 +39,7 @@ from microbat.methods.learn import (
 )
 from microbat.quantizers.base import AbsMax
 from microbat.quantizers.clip import Clip
-from microbat.quantizers.residual import Residual, common_block
+from microbat.quantizers.residual import Residual, channels_for, common_block
 from microbat.scheme import Scheme
 from microbat.transforms.balance import balanced_blocks
 from microbat.transforms.base import BlockDiagonal, Transform
@@ -66,9 +65,9 @@ class BATQuant(Preparer):
     # Not in the paper: a factor per channel, folded into the norm or into up, so that it costs nothing when the model runs
     # (FlatQuant's). It is learned from max|W|^(1 - a) / max|X|^a on, with this a; 0 for none.
     channel_scale: float = 0.5
-    # Not in the paper: this share of an activation's channels, the largest, in whole blocks, is quantized twice (ARCQuant's
-    # residual channels, quantizers/residual.py). Channels then stand in the order of their size before the transform, and the
-    # activation has no clip. init=identity suits it, and soar with error feedback (LOG.md).
+    # Not in the paper: this share of an activation's channels, the largest, rounded up to what products take, is quantized twice
+    # (ARCQuant's residual channels, quantizers/residual.py). Channels then stand in the order of their size before the transform,
+    # and the activation has no clip. init=identity suits it, and soar with error feedback (LOG.md).
     residual: float = 0.0
     clip: bool = True
     clip_lr: float = 2e-2  # unstated; 10 x the paper's rate, as FlatQuant
@@ -233,7 +232,7 @@ class BATQuant(Preparer):
         width, block = len(order), site.activation.format.block_of(len(order))
         alone = site.transform is None
         site.transform = Permutation(width=width, order=order) if alone else Ordered(map=site.transform, order=order)
-        site.activation = Residual(inner=site.activation, channels=block * math.ceil(self.residual * width / block))
+        site.activation = Residual(inner=site.activation, channels=channels_for(width, self.residual * width, block))
 
     def _map_values(self, plan: Plan, format: BlockFormat, data: BlockData) -> None:
         """P_v. What o then receives is transformed by P_v P_o, of which only P_o runs online: it starts as the identity where

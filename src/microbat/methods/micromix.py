@@ -22,13 +22,17 @@ With p4, p6, p8 the shares of entries below T(4), between, above T(6):
 
     (2)  n6 = u ceil(K p6 / u),  n8 = u ceil(K p8 / u),  n4 = K - n6 - n8,  u = 128
 
+Reports count scales too, a quarter of a bit more on average than the paper's (4 n4 + 6 n6 + 8 n8) / K.
+
 Only T(4) of ``iclr`` keeps every error below E; the others do for the mean gap of their grid. Weights round to nearest in the
 paper; with ``--solver gptq`` columns change format where the groups do, and the statistics are those of mixed activations.
 
 Differs from the authors' code in: magnitudes are compared, where the ICLR branch counts every negative entry as FP4; n6 and n8
 are not swapped, as its caller unpacks them; the weights' groups are those of (2), where its main branch keeps all weights
-in MXFP4 and smooths; where rounding up leaves no n4, n6 gives way. No scale lets a value saturate (``rule=rceil``), as in
-the kernels; the paper prints the floor rule.
+in MXFP4 and smooths; where rounding up would leave n4 below 0, which theirs does not see, it is 0 and n6 gives way: it is
+the calibration text that decides, in the midst of a run, and more bits than (2) asks for do no harm. Scales follow the
+scheme's rule, in all groups; the one it prefers, ``rceil``, lets no value saturate, as in the kernels; the paper prints
+``floor``.
 """
 
 # Shapes: S sequences, L tokens, K width.
@@ -65,11 +69,11 @@ class MicroMix(Preparer):
     summary: ClassVar[str] = "channels by size in MXFP4, MXFP6 and MXFP8, side by side"
     default_solver: ClassVar[str] = "rtn"
     solvers: ClassVar[tuple[str, ...]] = ("rtn", "gptq")
+    default_scale_rule: ClassVar[str] = "rceil"
 
     revision: Revision = "iclr"
     lam: float = 1.0  # revision fp8 alone
     unit: int = 128  # u; a multiple of 32
-    rule: Literal["rceil", "floor", "even", "ceil", "mse"] = "rceil"  # of all groups' scales
 
     def __post_init__(self) -> None:
         if not 0 <= self.lam <= 1:
@@ -99,10 +103,12 @@ class MicroMix(Preparer):
         seen = {next(iter(site.weights)): Sizes(thresholds(self.revision, self.lam)) for site in plan.sites}
         data.watch({path: sizes.add for path, sizes in seen.items()})
         for site, sizes in zip(plan.sites, seen.values(), strict=True):
-            width = len(sizes.mean)
-            site.transform = Permutation(width=width, order=sizes.mean.argsort(stable=True))
-            groups = [(format, n) for format, n in zip(FORMATS, sizes.groups(self.unit), strict=True) if n]
-            parts = tuple(AbsMax(format=format, rule=self.rule) for format, _ in groups)
+            if not isinstance(site.activation, AbsMax):
+                continue
+            widths = sizes.groups(self.unit)
+            site.transform = Permutation(width=sum(widths), order=sizes.mean.argsort(stable=True))
+            groups = [(format, n) for format, n in zip(FORMATS, widths, strict=True) if n]
+            parts = tuple(AbsMax(format=format, rule=site.activation.rule) for format, _ in groups)
             site.activation = Mixed(parts=parts, widths=tuple(n for _, n in groups))
             site.weights = dict.fromkeys(site.weights, site.activation)
         return plan

@@ -12,6 +12,7 @@ both copies of a column keep the same codes, whoever chooses them.
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from microbat.formats.packing import pack
 from microbat.quantizers.base import AbsMax, Packed, Quantizer
 
 Weight = TypeVar("Weight", Tensor, QTensor)
+LANES = 32  # products of 4-bit tensors take widths in multiples of this: K + S is one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,15 @@ def slots(groups: int, residual: int, device: torch.device) -> tuple[Tensor, Ten
     pairs = torch.stack([torch.arange(start, groups), torch.arange(groups, groups + residual)], dim=-1).flatten()
     order = torch.cat([torch.arange(start), pairs])
     return order.to(device), torch.where(order < groups, order, order - residual).to(device)
+
+
+def channels_for(width: int, wanted: float, block: int) -> int:
+    """The least S from ``wanted`` on that is whole blocks and makes ``width`` + S whole :data:`LANES`; at most ``width``, a
+    multiple of ``block``. 0 for 0."""
+    if wanted <= 0:
+        return 0
+    channels = block * math.ceil(wanted / block)
+    return min(width, channels + -(width + channels) % LANES)
 
 
 def common_block(method: str, scheme: str, activation: AbsMax | None, weight: AbsMax | None) -> int:
