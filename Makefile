@@ -39,6 +39,7 @@ bench: $(VENV)/test.stamp
 	@$(RUN) $(BIN)/python benchmarks/fake_quantize.py
 	@$(RUN) $(BIN)/python benchmarks/packed_product.py
 	@$(RUN) $(BIN)/python benchmarks/calibration_step.py
+	@$(RUN) $(BIN)/python benchmarks/scale_search.py
 
 $(VENV)/torch.stamp:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("microbat needs Python 3.11 or newer, not " \

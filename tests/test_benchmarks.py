@@ -30,6 +30,14 @@ def test_fake_quantize(benchmark, capsys):
     assert "times the copy" in capsys.readouterr().out
 
 
+def test_scale_search(benchmark, capsys):
+    """A quarter of a 4096 x 4096 weight's width and rows, in a sixteenth of the minute that the whole may take."""
+    found = benchmark("scale_search").main(size=1024, rows=32, threads=1)
+    assert found["seconds"] < 60 / 16
+    assert found["ratio"] > 1
+    assert "and find the same" in capsys.readouterr().out
+
+
 def test_packed_product(benchmark, capsys):
     ratios = benchmark("packed_product").main(rows=64, width=128, rounds=2)
     assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios.values())

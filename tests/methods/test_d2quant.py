@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -12,11 +13,16 @@ from microbat.calibrate.inputs import correction
 from microbat.export.compressed_tensors import export
 from microbat.export.folder import block_shard
 from microbat.export.shard import read_block
+from microbat.formats.integer import INT2
+from microbat.formats.ternary import DUAL2
 from microbat.methods.base import SitePlan
 from microbat.methods.d2quant import D2Quant
 from microbat.models.base import DECODER_SITES
 from microbat.models.checkpoint import Checkpoint
 from microbat.models.llama import LLAMA
+from microbat.quantizers import sums
+from microbat.quantizers.base import AbsMax
+from microbat.quantizers.dual import DualScale
 from microbat.recipe import Recipe
 from microbat.runtime.fused import fuse, not_floats
 from microbat.runtime.load import load_dequantized
@@ -38,6 +44,41 @@ def made(tiny, text_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("made") / "q"
     settings = {"rotate": False}
     return quantized(tiny("llama", **SIZE), out, str(text_file), solver="gptq", settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "end", "uniform"),
+    [("gaussian", 0.129, 0.1136, 0.138), ("t", 0.255, 0.181, 0.214), ("columns", 0.100, 0.063, 0.224)],
+)
+def test_errors_of_the_sheet(kind, start, end, uniform):
+    """On the numbers of its own run, which NumPy draws: with log-normal columns a few of them are the error, and another draw's
+    end is anywhere from 0.06 to 0.10."""
+    g = np.random.default_rng(0)
+    drawn = {"gaussian": g.standard_normal((512, 128)), "t": g.standard_t(4, (512, 128))}
+    drawn["columns"] = g.standard_normal((512, 128)) * np.exp(g.standard_normal(128))
+    x = torch.from_numpy(drawn[kind]).float()
+    relative = lambda y: ((y - x).square().sum() / x.square().sum()).item()  # noqa: E731
+    columns = x.abs().mean(0, keepdim=True)
+    numbers, codes = sums.start(x[:, None], DUAL2, columns)
+    started = sums.chosen(codes, sums.values_of(numbers, DUAL2)) * columns
+    assert relative(started[:, 0]) == pytest.approx(start, abs=6e-4)
+    assert relative(DualScale(format=DUAL2).quantize(x).dequantize()) == pytest.approx(end, abs=6e-4)
+    assert relative(AbsMax(format=INT2, rule="mse").quantize(x).dequantize()) == pytest.approx(uniform, abs=1e-3)
+
+
+def test_columns_and_codes_follow_a_scale_of_each_column_and_rows_do_not():
+    """The columns' step and the codes' are each column's own. The rows' sums weigh a column by the square of its factor, so that
+    the fit as a whole, other than the sheet has it, is another one."""
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(96, 1, 128, generator=g), torch.exp2(torch.randint(-2, 3, (1, 128), generator=g).float())
+    columns = x.abs().mean(0)
+    numbers, codes = sums.start(x, DUAL2, columns)
+    values = sums.values_of(numbers, DUAL2)
+    found = sums.solve_columns(x, sums.chosen(codes, values), columns)
+    assert torch.equal(sums.solve_columns(t * x, sums.chosen(codes, values), t * columns), t * found)
+    assert torch.equal(sums.nearest(t * x / (t * found), values), sums.nearest(x / found, values))
+    rows = sums.solve(x, codes, numbers, DUAL2, columns), sums.solve(t * x, codes, numbers, DUAL2, t * columns)
+    assert (rows[1] / rows[0] - 1).abs().mean() > 0.01
 
 
 class Stub:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from microbat.methods.rtn import RTN
 from microbat.quantizers import sums
 from microbat.quantizers.base import AbsMax
 from microbat.recipe import Recipe
+from microbat.transforms.permutation import Permutation
 from microbat.verify import verify
 
 QUANTIZER = AbsMax(format=TERNARY_G64)
@@ -48,6 +50,30 @@ def fitted(N=9, B=64):
 
 def values(numbers, codes):
     return numbers[:, :1] * (codes.double() - 1) + numbers[:, 1:]
+
+
+@pytest.mark.parametrize(("draw", "rounds"), [("gaussian", 14), ("t", 17), ("columns", 17)])
+def test_no_half_step_of_the_fit_loses_in_any_row(draw, rounds):
+    """Neither the numbers for T nor T for the numbers, until T stays; the draws and the rounds are the sheet's own."""
+    g = np.random.default_rng(0)
+    drawn = {"gaussian": g.standard_normal((512, 128)), "t": g.standard_t(4, (512, 128))}
+    drawn["columns"] = g.standard_normal((512, 128)) * np.exp(g.standard_normal(128))
+    x = torch.from_numpy(drawn[draw]).float()[:, None]
+    numbers, codes = sums.start(x, TERNARY)
+
+    def error():
+        return (sums.chosen(codes, sums.values_of(numbers, TERNARY)).double() - x).square().sum((1, 2))
+
+    errors, before = [error()], None
+    while before is None or not torch.equal(codes, before):
+        numbers, before = sums.solve(x, codes, numbers, TERNARY), codes
+        errors.append(error())
+        codes = sums.nearest(x, sums.values_of(numbers, TERNARY))
+        errors.append(error())
+    assert all((after <= before * (1 + 1e-6)).all() for before, after in zip(errors, errors[1:], strict=False))
+    assert errors[-1].sum() < 0.98 * errors[0].sum()  # a row alone may begin where it stays
+    assert len(errors) // 2 == pytest.approx(rounds, abs=1)  # a tie in float32 may take another
+    assert len(errors) // 2 < sums.ROUNDS
 
 
 def test_alignment_is_least_squares_of_outputs():
@@ -88,6 +114,16 @@ def test_alignment_without_correlations_is_the_fit():
     torch.testing.assert_close(
         align(weight, codes, numbers, torch.eye(64, dtype=torch.float64)).double(), numbers, rtol=1e-5, atol=1e-6
     )
+
+
+def test_alignment_follows_shift_and_scale():
+    """a w + b is fitted by a alpha and a mu + b, whatever the inputs: b times their sum is in the span of what is fitted."""
+    weight, x, numbers, codes = fitted()
+    a, b = (torch.rand(9, 1, generator=torch.Generator().manual_seed(s), dtype=torch.float64) + 0.5 for s in (1, 2))
+    moved = a * numbers + torch.cat([torch.zeros_like(b), b], dim=1)
+    expected = a * align(weight, codes, numbers, x.T @ x) + torch.cat([torch.zeros_like(b), b], dim=1)
+    got = align(a * weight + b, codes, moved, x.T @ x)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_negative_scale_turns_its_trits_round():
@@ -145,6 +181,34 @@ def test_weights_of_a_site_share_an_order():
     alone = PT2LLM().solve(weight, QUANTIZER, statistics(x)).weight.dequantize()
     together = torch.cat([s.weight.dequantize() for s in solved.values()])
     assert torch.equal(together, alone)
+
+
+def test_an_order_of_both_leaves_the_product():
+    """Whole numbers, so that the sum is exact in any order: the activation's gather is undone by that of the solution."""
+    g = torch.Generator().manual_seed(5)
+    weight, x = (torch.randint(-9, 10, shape, generator=g).float() for shape in ((24, 256), (40, 256)))
+    order = PT2LLM().solve(weight, QUANTIZER, statistics(problem()[1])).order
+    move = Permutation(width=256, order=order)
+    assert not torch.equal(order, torch.arange(256))
+    assert torch.equal(move(x), x[:, order])
+    assert torch.equal(move(x) @ move.inverse_t(weight).T, x @ weight.T)
+
+
+@pytest.mark.parametrize("order", ["similarity", "hessian"])
+def test_the_order_that_channels_came_in_does_not_matter(order):
+    """Blocks are chosen by what the columns hold: X' W'^T is the same, and only with order=natural another one."""
+    weight, x = problem()
+    shuffled = torch.randperm(256, generator=torch.Generator().manual_seed(3))
+
+    def outputs(weight, x, order):
+        solution = PT2LLM(order=order).solve(weight, QUANTIZER, statistics(x.double()))
+        taken = torch.arange(256) if solution.order is None else solution.order
+        return x[:, taken] @ solution.weight.dequantize().T
+
+    expected = outputs(weight, x, order)
+    torch.testing.assert_close(outputs(weight[:, shuffled], x[:, shuffled], order), expected, rtol=1e-4, atol=1e-3)
+    natural = outputs(weight, x, "natural"), outputs(weight[:, shuffled], x[:, shuffled], "natural")
+    assert (natural[1] - natural[0]).norm() > 0.1 * natural[0].norm()
 
 
 def test_rows_that_are_ternary_stay():
