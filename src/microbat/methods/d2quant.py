@@ -52,7 +52,7 @@ class D2Quant(Corrector):
 
     dual: bool = True  # (1) and (2)
     correct: bool = True  # (3)
-    rotate: bool = True
+    rotate: bool = True  # SmolLM2-135M is the worse for it at two bits (LOG.md)
     rounds: int = 15  # of the dual-scale fit
 
     def __post_init__(self) -> None:
