@@ -94,7 +94,9 @@ class Scheme:
                 f"of {width} bits there are {', '.join(n for n, f in known.items() if f.element.bits == width)}"
                 for width in asked
             )
-            raise ValueError(f"scheme {text!r}: {name} has {bits} bits, and no role asks for as many ({fitting or 'all stay in floats'})")
+            raise ValueError(
+                f"scheme {text!r}: {name} has {bits} bits, and no role asks for as many ({fitting or 'all stay in floats'})"
+            )
         weight, activation, _ = quantizers
         return cls(text=text, weight=weight, activation=activation, cache=cache, ignore=ignore, also=also)
 
