@@ -285,9 +285,9 @@ def test_images_that_cannot_be_read(tiny, images, tmp_path):
     out = microbat.quantize(tiny("qwen3_vl"), out=tmp_path / "q", skip_bad=True, **options)
     left = json.loads((out / "report.json").read_text())["recipe"]["calibration_skipped"]
     assert left
-    assert all("the image cannot be read" in reason for reason in left)
+    assert all("the picture cannot be read" in reason for reason in left)
     options["num_calibration_samples"] = 5
-    with pytest.raises(ValueError, match=r"pairs\.jsonl:[45] \([34]\.png\): the image cannot be read.*--skip-bad"):
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:[45] \([34]\.png\): the picture cannot be read.*--skip-bad"):
         microbat.quantize(tiny("qwen3_vl"), out=tmp_path / "r", **options)
     with pytest.raises(ValueError, match="has 6 pairs, 2 of them unreadable; 5 are asked for"):
         microbat.quantize(tiny("qwen3_vl"), out=tmp_path / "s", skip_bad=True, **options)
@@ -399,7 +399,7 @@ def test_measured_on_answers(answered, tmp_path):
     ("spoil", "said"),
     [
         ("answer", r"pairs.jsonl:1 \(0.png\) has no answer"),
-        ("image", r"pairs.jsonl:2 \(1.png\): the image cannot be read"),
+        ("image", r"pairs.jsonl:2 \(1.png\): the picture cannot be read"),
         ("model", "cannot be asked about pictures"),
     ],
 )

@@ -76,13 +76,13 @@ def protocol(model: str | Path, text: str, window: int, windows: int, skip: int 
     for pair in pairs:
         if pair.answer is None:
             raise ValueError(f"{pair.name} has no answer; a model is measured on those")
-        pair.picture()
+        pair.picture.image()
     processor = processor_of(model)
     return folder.name, Answers([partial(_answered, processor, pair) for pair in pairs], skip)
 
 
 def _answered(processor: Processor, pair: Pair) -> tuple[Inputs, int]:
-    return processor.answered(pair.name, pair.picture(), pair.question, str(pair.answer))
+    return processor.answered(pair.name, pair.picture.image(), pair.question, str(pair.answer))
 
 
 def thinking(model: str | Path, modes: Sequence[str]) -> Thinking | None:

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from microbat.evaluation.cases import CASES, cases
-from microbat.evaluation.pictures import Picture
 from microbat.evaluation.problems import Problem
 from microbat.evaluation.sampled import identity
+from microbat.pictures import Picture
 
 Pil = pytest.importorskip("PIL.Image")
 

@@ -8,7 +8,7 @@ import torch
 from tests.evaluation.test_generation import server
 
 from microbat.evaluation.generation import OnTheSpot, Request, Sampling, Served
-from microbat.evaluation.pictures import Picture
+from microbat.pictures import Picture
 
 Pil = pytest.importorskip("PIL.Image")
 

@@ -8,6 +8,7 @@ chat template.
 # Shapes: L tokens of a pair, T patches of its image, P numbers of a patch.
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 
 from microbat.calibrate.stream import Sample
 from microbat.models.checkpoint import Checkpoint
-from microbat.models.pairs import Pair, pairs_in, pillow
+from microbat.models.pairs import Pair, pairs_in
 from microbat.models.processor import FILES, Processor, has_processor
+from microbat.pictures import Picture, pillow
 
 HUB_PAIRS = {"gqa": ("lmms-lab/GQA", "train_balanced_images", "train_balanced_instructions", "train")}
 
@@ -59,7 +61,7 @@ def samples(
         if len(made) == num:
             break
         try:
-            image = pair.picture()
+            image = pair.picture.image()
         except ValueError as error:
             if not skip_bad:
                 raise ValueError(f"{error}; --skip-bad leaves such pairs out") from error
@@ -101,9 +103,5 @@ def _hub(source: str) -> Iterator[Pair]:
     asked = {row["imageId"]: (row["question"], row["fullAnswer"]) for row in rows}
     for row in load_dataset(name, images, split=split, streaming=True).cast_column("image", Image(decode=False)):
         if (own := asked.get(row["id"])) is not None:
-            yield Pair(
-                name=f"{source} image {row['id']}",
-                image=row["image"]["bytes"],
-                question=own[0],
-                answer=own[1],
-            )
+            picture = Picture(name=f"{source} image {row['id']}", read=partial(row["image"].__getitem__, "bytes"))
+            yield Pair(picture=picture, question=own[0], answer=own[1])

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from microbat.evaluation.pictures import Picture
 from microbat.models.base import Thinking
+from microbat.pictures import Picture
 from microbat.registry import unknown
 
 TIMEOUT = 6 * 3600.0  # seconds to wait for one answer of a server: 38,912 tokens at two a second

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from microbat.evaluation.judges import Judge
-from microbat.evaluation.pictures import Picture, in_file, on_hub
 from microbat.evaluation.totals import Total, by_problem
+from microbat.pictures import Picture
 
 Row = Mapping[str, Any]
 Fields = dict[str, str]
@@ -80,7 +80,12 @@ def _problem(benchmark: Benchmark, row: Row, shown: Picture | None) -> Problem:
 
 
 def _picture(benchmark: Benchmark, rows: Any, index: int, row: Row, path: Path | None) -> Picture:
-    shown = in_file(row["image"], path.parent) if path else on_hub(rows, index, benchmark.picture)
+    if path is not None:
+        file = path.parent / row["image"]
+        shown = Picture(name=str(file), read=file.read_bytes)
+    else:  # not kept, but taken from the rows again when it is needed
+        column = benchmark.picture
+        shown = Picture(name=row[column]["path"] or column, read=lambda: rows[index][column]["bytes"])
     shown.check()
     return shown
 

@@ -5,30 +5,23 @@
 ``image`` is a path below the folder; ``prompt`` may stand for ``question``; ``answer`` may be missing.
 """
 
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from microbat.pictures import Picture
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """``name`` is how errors call it; ``image`` a file or the encoded bytes."""
-
-    name: str
-    image: Path | bytes
+    picture: Picture
     question: str
     answer: str | None
 
-    def picture(self) -> Any:
-        """Its image, decoded, as RGB; ValueError, naming it, where it cannot be, ImportError without Pillow."""
-        opener = pillow()
-        try:
-            with opener.open(io.BytesIO(self.image) if isinstance(self.image, bytes) else self.image) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError) as error:  # Pillow's errors for what is missing, truncated, or no image
-            raise ValueError(f"{self.name}: the image cannot be read ({error})") from error
+    @property
+    def name(self) -> str:
+        """How errors call it."""
+        return self.picture.name
 
 
 def pairs_in(folder: Path) -> list[Pair]:
@@ -44,10 +37,10 @@ def pairs_in(folder: Path) -> list[Pair]:
         name = f"{files[0]}:{number}"
         try:
             row = json.loads(line)
+            file = folder / row["image"]
             pairs.append(
                 Pair(
-                    name=f"{name} ({row['image']})",
-                    image=folder / row["image"],
+                    picture=Picture(name=f"{name} ({row['image']})", read=file.read_bytes),
                     question=row["question"] if "question" in row else row["prompt"],
                     answer=row.get("answer"),
                 )
@@ -55,12 +48,3 @@ def pairs_in(folder: Path) -> list[Pair]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{name} is not a pair with image, question (or prompt) and answer ({error})") from error
     return pairs
-
-
-def pillow() -> Any:
-    """Pillow's Image module; ImportError where it is missing."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("images are read by Pillow, an extra: pip install 'microbat[vision]'") from error
-    return Image
